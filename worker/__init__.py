@@ -1,0 +1,1 @@
+"""loramill's batch worker: SQS in, mixed-adapter LoRA inference, S3 out."""

@@ -1,0 +1,146 @@
+"""Every exception loramill raises on purpose, and what each means for the message.
+
+    LoramillError
+    ├── SettingsError        the process does not start; exit code 2
+    ├── ModelError           the base model cannot be served; the process ends with exit code 1
+    ├── JobError             the job can never succeed: a `failed` manifest (or a dead letter), then ack
+    │   ├── InvalidMessage       not JSON, wrong schema, a limit exceeded
+    │   ├── ForbiddenOutput      `output.uri` lies outside the worker's OUTPUT_PREFIXES
+    │   └── JobIdReused          another job was committed under the same id
+    ├── RowError             one row fails: an error line in the results; its neighbours go on
+    │   ├── InvalidLine          the row is not a row
+    │   ├── InvalidParameters    unknown, ill-typed or contradictory generation parameters
+    │   ├── PromptTooLong        prompt and max_new_tokens exceed max_model_len
+    │   ├── AdapterNotFound      no adapter of that name, or LoRA is off
+    │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
+    │   ├── Expired              not started within the job's ttl_seconds
+    │   ├── OutOfMemory          the row alone does not fit
+    │   └── RowFailed            anything else that is this row's own
+    ├── TransientError       worth another try: the message is released with a back-off
+    │   ├── QueueUnavailable     SQS refused, throttled or timed out after the SDK's own retries
+    │   └── StoreUnavailable     S3, likewise
+    ├── LeaseLost            somebody else may hold the message: stop working, ack nothing
+    ├── ObjectExists         a conditional PUT found the key taken (412)
+    ├── ObjectNotFound       no such object
+    └── EngineFailed         the engine is broken: release every lease, end non-zero
+"""
+
+from typing import ClassVar
+
+
+class LoramillError(Exception):
+    """The root: catch this to catch all that loramill raises on purpose."""
+
+
+class SettingsError(LoramillError):
+    """One or more settings are wrong; the message lists every mistake, one a line."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        self.mistakes = mistakes
+        super().__init__("\n".join(mistakes))
+
+
+class ModelError(LoramillError):
+    """The base model cannot be loaded or cannot be served right by this engine."""
+
+
+class JobError(LoramillError):
+    """The job can never succeed, however often it is tried."""
+
+    code: ClassVar[str] = "invalid_job"
+
+
+class InvalidMessage(JobError):
+    """The message body does not describe a job."""
+
+    code = "invalid_message"
+
+
+class ForbiddenOutput(JobError):
+    """The job asks for results at a place this worker may not write to."""
+
+    code = "forbidden_output"
+
+
+class JobIdReused(JobError):
+    """A different job was committed under this id; its results are left as they are."""
+
+    code = "job_id_reused"
+
+
+class RowError(LoramillError):
+    """One row fails and its neighbours do not. `code` is the result line's `error.code`."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+
+class InvalidLine(RowError):
+    code = "invalid_line"
+
+
+class InvalidParameters(RowError):
+    code = "invalid_parameters"
+
+
+class PromptTooLong(RowError):
+    code = "prompt_too_long"
+
+
+class AdapterNotFound(RowError):
+    code = "adapter_not_found"
+    retryable = True
+
+
+class AdapterInvalid(RowError):
+    code = "adapter_invalid"
+
+
+class Expired(RowError):
+    code = "expired"
+
+
+class OutOfMemory(RowError):
+    code = "oom"
+    retryable = True
+
+
+class RowFailed(RowError):
+    code = "internal"
+    retryable = True
+
+
+class TransientError(LoramillError):
+    """Trouble that time may mend."""
+
+
+class QueueUnavailable(TransientError):
+    """SQS could not be reached, or refused, after the SDK's own retries."""
+
+
+class StoreUnavailable(TransientError):
+    """S3 could not be reached, or refused, after the SDK's own retries."""
+
+
+class LeaseLost(LoramillError):
+    """The message's visibility ended before the work did."""
+
+
+class ObjectExists(LoramillError):
+    """A conditional PUT found an object at the key. `uri` names it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        super().__init__(f"{uri} exists already")
+
+
+class ObjectNotFound(LoramillError):
+    """No object at `uri`."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        super().__init__(f"{uri} does not exist")
+
+
+class EngineFailed(LoramillError):
+    """The engine thread ended by an error that no single row explains."""

@@ -1,0 +1,147 @@
+"""The nouns of loramill: what travels from a queue message to a result line.
+
+All are frozen. Times are seconds since the Unix epoch unless a name says otherwise.
+"""
+
+import enum
+
+import msgspec
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One receive of one SQS message. A message received twice is two deliveries."""
+
+    message_id: str
+    body: str
+    receipt: str
+    receive_count: int = 1
+    sent_at: float = 0.0
+    attributes: dict[str, str] = {}
+    """Message attributes of type String or Number, as text."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one row is decoded. Field names and meaning are those of DJL, TGI and transformers."""
+
+    max_new_tokens: int = 30
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """None derives a seed from the request's id, so that a retry repeats the text."""
+    stop_sequences: tuple[str, ...] = ()
+    """Generation ends before the first of these; the text that is returned excludes it."""
+    ignore_eos: bool = False
+    details: bool = False
+    return_full_text: bool = False
+
+
+class FinishReason(enum.StrEnum):
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """The `error` object of a result line or a manifest."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One input of a job. Exactly one of `text`, `messages` and `failure` is set.
+
+    A row that could not be read carries its `failure` to the result line it becomes.
+    """
+
+    index: int
+    id: str
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    adapter: str | None = None
+    """None is the base model."""
+    params: SamplingParams = SamplingParams()
+    failure: Failure | None = None
+
+
+class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where results go: `uri` is an `s3://bucket/prefix/` with a trailing slash."""
+
+    uri: str
+    format: str = "native"
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoded job message, ready to run."""
+
+    id: str
+    rows: tuple[Row, ...]
+    output: Output
+    digest: str
+    """sha256 of what was asked for, so that an id used twice for different work is noticed."""
+    created_at: float
+    expires_at: float | None = None
+    metadata: dict[str, str] = {}
+
+
+class AdapterKey(msgspec.Struct, frozen=True, order=True):
+    """An adapter's identity: its name and the digest of its content. Caches are keyed by both."""
+
+    name: str
+    version: str
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One row as the engine sees it."""
+
+    id: str
+    """Unique among the requests in flight."""
+    prompt: tuple[int, ...]
+    """Token ids; at least one."""
+    adapter: AdapterKey | None = None
+    params: SamplingParams = SamplingParams()
+
+
+class TokenDetail(msgspec.Struct, frozen=True):
+    id: int
+    text: str
+    log_prob: float
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine made of one InferenceRequest."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated tokens, the EOS and the tokens of a stop sequence included."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    log_probs: tuple[float, ...] | None = None
+    """Natural logarithms, one for each of `token_ids`; None unless `details` was asked for."""
+    failure: Failure | None = None
+
+
+class RowResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One row's outcome, ready to become a result line."""
+
+    row: Row
+    adapter_version: str | None = None
+    text: str | None = None
+    finish_reason: FinishReason = FinishReason.ERROR
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens: tuple[TokenDetail, ...] | None = None
+    """Set when the row asked for `details`."""
+    failure: Failure | None = None
