@@ -1,28 +1,28 @@
 """Every exception loramill raises on purpose, and what each means for the message.
 
-    LoramillError
-    ├── SettingsError        the process does not start; exit code 2
-    ├── ModelError           the base model cannot be served; the process ends with exit code 1
-    ├── JobError             the job can never succeed: a `failed` manifest (or a dead letter), then ack
-    │   ├── InvalidMessage       not JSON, wrong schema, a limit exceeded
-    │   ├── ForbiddenOutput      `output.uri` lies outside the worker's OUTPUT_PREFIXES
-    │   └── JobIdReused          another job was committed under the same id
-    ├── RowError             one row fails: an error line in the results; its neighbours go on
-    │   ├── InvalidLine          the row is not a row
-    │   ├── InvalidParameters    unknown, ill-typed or contradictory generation parameters
-    │   ├── PromptTooLong        prompt and max_new_tokens exceed max_model_len
-    │   ├── AdapterNotFound      no adapter of that name, or LoRA is off
-    │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
-    │   ├── Expired              not started within the job's ttl_seconds
-    │   ├── OutOfMemory          the row alone does not fit
-    │   └── RowFailed            anything else that is this row's own
-    ├── TransientError       worth another try: the message is released with a back-off
-    │   ├── QueueUnavailable     SQS refused, throttled or timed out after the SDK's own retries
-    │   └── StoreUnavailable     S3, likewise
-    ├── LeaseLost            somebody else may hold the message: stop working, ack nothing
-    ├── ObjectExists         a conditional PUT found the key taken (412)
-    ├── ObjectNotFound       no such object
-    └── EngineFailed         the engine is broken: release every lease, end non-zero
+LoramillError
+├── SettingsError        the process does not start; exit code 2
+├── ModelError           the base model cannot be served; the process ends with exit code 1
+├── JobError             the job can never succeed: a `failed` manifest (or a dead letter), then ack
+│   ├── InvalidMessage       not JSON, wrong schema, a limit exceeded
+│   ├── ForbiddenOutput      `output.uri` lies outside the worker's OUTPUT_PREFIXES
+│   └── JobIdReused          another job was committed under the same id
+├── RowError             one row fails: an error line in the results; its neighbours go on
+│   ├── InvalidLine          the row is not a row
+│   ├── InvalidParameters    unknown, ill-typed or contradictory generation parameters
+│   ├── PromptTooLong        prompt and max_new_tokens exceed max_model_len
+│   ├── AdapterNotFound      no adapter of that name, or LoRA is off
+│   ├── AdapterInvalid       the adapter exists and cannot be applied whole
+│   ├── Expired              not started within the job's ttl_seconds
+│   ├── OutOfMemory          the row alone does not fit
+│   └── RowFailed            anything else that is this row's own
+├── TransientError       worth another try: the message is released with a back-off
+│   ├── QueueUnavailable     SQS refused, throttled or timed out after the SDK's own retries
+│   └── StoreUnavailable     S3, likewise
+├── LeaseLost            somebody else may hold the message: stop working, ack nothing
+├── ObjectExists         a conditional PUT found the key taken (412)
+├── ObjectNotFound       no such object
+└── EngineFailed         the engine is broken: release every lease, end non-zero
 """
 
 from typing import ClassVar
