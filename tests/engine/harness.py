@@ -1,0 +1,75 @@
+"""An engine over a folder of base model and some adapters, driven to the end of its work."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from worker.engine.adapter import load_adapter
+from worker.engine.base_model import load_base_model
+from worker.engine.engine import Engine, StepStats
+from worker.engine.lora_store import LoRAStore
+from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.jobs import AdapterKey, Completion, InferenceRequest
+
+
+class Harness:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_loras: int = 4,
+        max_lora_rank: int = 64,
+        cache_shape: CacheShape | None = None,
+        max_model_len: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        lora_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.base = load_base_model(
+            base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
+        )
+        self.runner = ModelRunner(self.base, max_num_seqs=max_num_seqs, cache_shape=cache_shape)
+        self.store = LoRAStore(
+            partial(
+                load_adapter,
+                targets=self.runner.targets,
+                max_lora_rank=max_lora_rank,
+                dtype=lora_dtype or self.base.dtype,
+            ),
+            max_cpu_loras=64,
+        )
+        self.engine = Engine(
+            self.runner,
+            self.base.tokenizer,
+            self.store.weights,
+            eos_token_ids=self.base.eos_token_ids,
+            max_model_len=self.base.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_loras=max_loras,
+        )
+        self.stats: list[StepStats] = []
+
+    def adapter(self, folder: Path, version: str = "1") -> AdapterKey:
+        key = AdapterKey(folder.name, version)
+        assert self.store.reserve(key)
+        self.store.load(key, folder)
+        return key
+
+    def run(self, requests: Iterable[InferenceRequest]) -> dict[str, Completion]:
+        for request in requests:
+            self.engine.add(request)
+        return self.drain()
+
+    def drain(self) -> dict[str, Completion]:
+        completions = {}
+        while self.engine.has_work:
+            ended, stats = self.engine.step()
+            self.engine.check_integrity()
+            self.stats.append(stats)
+            completions.update({completion.request_id: completion for completion in ended})
+        return completions

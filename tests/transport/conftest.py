@@ -1,0 +1,142 @@
+"""One moto server for all tests here, and worlds in which the contract tests run."""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from worker.transport.clients import Clients
+from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
+from worker.transport.queue import Queue, SqsQueue
+from worker.transport.store import S3Store, Store
+
+_names = (f"it-{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def aws(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a worker that talks to moto."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": moto_endpoint,
+    }.items():
+        monkeypatch.setenv(name, value)
+    return moto_endpoint
+
+
+@dataclass
+class QueueWorld:
+    queue: Queue
+    dead_letters: Queue
+    pass_time: Callable[[float], Awaitable[None]]
+    new_fifo: Callable[[], Awaitable[Queue]] | None = None
+
+
+@dataclass
+class QueueRunner:
+    """`run(scenario)` opens a fresh queue, visibility and receives as asked, and awaits the scenario."""
+
+    kind: str
+
+    def __call__(
+        self,
+        scenario: Callable[[QueueWorld], Awaitable[None]],
+        *,
+        visibility_seconds: int = 30,
+        max_receives: int = 100,
+    ) -> None:
+        world = self._memory if self.kind == "memory" else self._sqs
+        asyncio.run(asyncio.wait_for(world(scenario, visibility_seconds, max_receives), 20))
+
+    async def _memory(self, scenario: Any, visibility_seconds: int, max_receives: int) -> None:
+        clock = ManualClock(1_000_000.0)
+        timing: Any = {"clock": clock, "sleep": clock.sleep}
+        dead_letters = MemoryQueue(**timing)
+        queue = MemoryQueue(
+            visibility_seconds=visibility_seconds,
+            max_receive_count=max_receives,
+            dead_letters=dead_letters,
+            **timing,
+        )
+        await scenario(QueueWorld(queue, dead_letters, clock.advance))
+
+    async def _sqs(self, scenario: Any, visibility_seconds: int, max_receives: int) -> None:
+        async with Clients() as clients:
+            dead_url = (await clients.acks.create_queue(QueueName=next(_names)))["QueueUrl"]
+            arn = await clients.acks.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])
+            redrive = {
+                "deadLetterTargetArn": arn["Attributes"]["QueueArn"],
+                "maxReceiveCount": max_receives,
+            }
+            settings = {"VisibilityTimeout": str(visibility_seconds), "RedrivePolicy": json.dumps(redrive)}
+            made = await clients.acks.create_queue(QueueName=next(_names), Attributes=settings)
+
+            async def new_fifo() -> Queue:
+                name = f"{next(_names)}.fifo"
+                fifo = await clients.acks.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
+                return SqsQueue(clients, fifo["QueueUrl"])
+
+            queue = SqsQueue(clients, made["QueueUrl"])
+            await scenario(QueueWorld(queue, SqsQueue(clients, dead_url), asyncio.sleep, new_fifo))
+
+
+@pytest.fixture(params=["memory", "moto"])
+def run_queue(request: pytest.FixtureRequest) -> QueueRunner:
+    if request.param == "moto":
+        request.getfixturevalue("aws")
+    return QueueRunner(request.param)
+
+
+@pytest.fixture
+def run_memory_queue() -> QueueRunner:
+    """For rules of SQS that moto does not obey; each test says which."""
+    return QueueRunner("memory")
+
+
+@pytest.fixture
+def run_moto_queue(aws: str) -> QueueRunner:
+    return QueueRunner("moto")
+
+
+@dataclass
+class StoreRunner:
+    """`run(scenario)` awaits `scenario(store, prefix)`; the bucket of `prefix` is new."""
+
+    kind: str
+
+    def __call__(self, scenario: Callable[[Store, str], Awaitable[None]]) -> None:
+        world = self._memory if self.kind == "memory" else self._s3
+        asyncio.run(asyncio.wait_for(world(scenario), 20))
+
+    async def _memory(self, scenario: Any) -> None:
+        await scenario(MemoryStore({"bucket"}), "s3://bucket")
+
+    async def _s3(self, scenario: Any) -> None:
+        async with Clients() as clients:
+            name = next(_names)
+            await clients.objects.create_bucket(Bucket=name)
+            await scenario(S3Store(clients), f"s3://{name}")
+
+
+@pytest.fixture(params=["memory", "moto"])
+def run_store(request: pytest.FixtureRequest) -> StoreRunner:
+    if request.param == "moto":
+        request.getfixturevalue("aws")
+    return StoreRunner(request.param)

@@ -1,0 +1,139 @@
+import hashlib
+import json
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from worker.errors import LoramillError
+from worker.jobs import Failure, FinishReason, Row, RowResult, SamplingParams, TokenDetail
+from worker.wire.results import Tally, Usage, encode_rows, tally, total
+
+fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+KEYS = ["id", "index", "adapter", "adapter_version", "generated_text", "finish_reason", "usage", "error"]
+
+
+def good(index=0, *, adapter=None, version=None, text="out", details=False, tokens=None):
+    row = Row(index=index, id=f"r{index}", text="in", adapter=adapter, params=SamplingParams(details=details))
+    return RowResult(
+        row=row,
+        adapter_version=version,
+        text=text,
+        finish_reason=FinishReason.EOS_TOKEN,
+        prompt_tokens=3,
+        completion_tokens=2,
+        tokens=tokens,
+    )
+
+
+def bad(index=0, code="internal", *, retryable=False):
+    failure = Failure(code, "why", retryable)
+    return RowResult(row=Row(index=index, id=f"r{index}", text="in", adapter="fr"), failure=failure)
+
+
+def lines(results):
+    data = encode_rows(results)
+    assert data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_a_line_has_every_field_in_the_specs_order():
+    (line,) = lines([good(adapter="fr", version="v1")])
+    assert list(line) == KEYS
+    assert line == {
+        "id": "r0",
+        "index": 0,
+        "adapter": "fr",
+        "adapter_version": "v1",
+        "generated_text": "out",
+        "finish_reason": "eos_token",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "error": None,
+    }
+
+
+def test_the_base_model_is_an_empty_name():
+    (line,) = lines([good()])
+    assert (line["adapter"], line["adapter_version"]) == ("", None)
+
+
+def test_an_error_is_a_line_too():
+    (line,) = lines([bad(code="oom", retryable=True)])
+    assert list(line) == KEYS
+    assert (line["generated_text"], line["finish_reason"]) == (None, "error")
+    assert line["error"] == {"code": "oom", "message": "why", "retryable": True}
+
+
+def test_a_row_that_was_never_readable_keeps_its_failure():
+    row = Row(index=0, id="0", failure=Failure("invalid_line", "no"))
+    (line,) = lines([RowResult(row=row)])
+    assert line["error"]["code"] == "invalid_line"
+
+
+def test_details_only_when_asked_for():
+    tokens = (TokenDetail(5, "o", -0.5), TokenDetail(6, "ut", -1.5))
+    assert "details" not in lines([good(tokens=tokens)])[0]
+    assert lines([good(details=True, tokens=tokens)])[0]["details"] == {
+        "finish_reason": "eos_token",
+        "generated_tokens": 2,
+        "inputs": "in",
+        "tokens": [{"id": 5, "text": "o", "log_prob": -0.5}, {"id": 6, "text": "ut", "log_prob": -1.5}],
+    }
+
+
+def test_order_is_kept_and_no_rows_are_no_bytes():
+    assert [line["id"] for line in lines([good(2), bad(0), good(1)])] == ["r2", "r0", "r1"]
+    assert encode_rows([]) == b""
+
+
+@fuzzed
+@given(st.text(alphabet=st.characters(), max_size=20) | st.text(alphabet="\ud800\n\r\u2028\x00x"))
+def test_any_text_is_one_line_that_tally_reads(text):
+    data = encode_rows([good(text=text, details=True, tokens=(TokenDetail(1, text, float("-inf")),))])
+    assert data.count(b"\n") == 1
+    assert json.loads(data)["generated_text"] == text.encode("utf-8", "replace").decode()
+
+
+def test_tally_adds_up_a_file():
+    data = encode_rows(
+        [
+            good(0, adapter="fr", version="v1"),
+            good(1, adapter="fr", version="v2"),
+            good(2),
+            bad(3, "oom"),
+            bad(4, "expired"),
+            bad(5, "oom"),
+        ]
+    )
+    assert tally(data) == Tally(
+        rows=6,
+        completed=3,
+        errors={"oom": 2, "expired": 1},
+        usage=Usage(9, 6),
+        adapters={"fr": ("v1", "v2")},
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    assert tally(data).failed == 3
+
+
+def test_tally_of_nothing():
+    assert tally(b"") == Tally(sha256=hashlib.sha256(b"").hexdigest())
+
+
+@pytest.mark.parametrize("data", [b"x", b"{}\n", b"[]", b'{"id":1}', b"\xff\xfe", b"[" * 100_000])
+def test_tally_of_something_else_is_an_error(data):
+    with pytest.raises(LoramillError, match="not a result file"):
+        tally(data)
+
+
+@fuzzed
+@given(
+    st.lists(st.sampled_from([good(adapter="a", version="v"), good(), bad(code="oom"), bad()])),
+    st.integers(0, 9),
+)
+def test_the_total_of_parts_is_the_tally_of_the_whole(results, cut):
+    parts = [tally(encode_rows(results[:cut])), tally(encode_rows(results[cut:]))]
+    whole = tally(encode_rows(results))
+    assert total(parts) == msgspec.structs.replace(whole, sha256="")

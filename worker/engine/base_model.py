@@ -1,0 +1,118 @@
+"""Loads a base model and checks that it is one this engine serves right."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from worker.engine.tokenizer import Tokenizer
+from worker.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LENGTH_BOUND_ROPES = frozenset({"dynamic", "longrope"})
+"""Rotary scalings that change with the longest sequence in the batch: right only below the length
+the model was first trained for, where they change nothing."""
+
+
+class BaseModel(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises ModelError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices were found")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    """`float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own type on a GPU, float32 on a CPU."""
+    if name != "auto":
+        return _DTYPES[name]
+    own = getattr(config, "dtype", None)
+    if device.type == "cuda" and isinstance(own, torch.dtype) and own in _DTYPES.values():
+        return own
+    return torch.float32
+
+
+def load_base_model(
+    path: str | Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """The model and tokenizer in folder `path` (or of that hub id), ready for inference on `device`.
+
+    Raises ModelError if it cannot be read, is no decoder-only language model, or attends in a way that
+    transformers' attention interface does not reach.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        chosen = resolve_dtype(dtype, device, config)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=chosen, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as exc:
+        raise ModelError(f"the base model at {path} cannot be loaded: {exc}") from exc
+    _check_supported(model)
+    model.requires_grad_(False).to(device=device).train(False)
+    return BaseModel(
+        model=model,
+        tokenizer=Tokenizer(tokenizer),
+        eos_token_ids=_eos_token_ids(model, tokenizer.eos_token_id),
+        max_model_len=_model_len(config.get_text_config(), max_model_len),
+        device=device,
+        dtype=chosen,
+    )
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model, only decoder-only models are supported")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(f"{name} does not use transformers' attention interface, which this engine needs")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{name} is quantised, which is not supported")
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    strange = layer_types - {"full_attention", "sliding_attention"}
+    if strange:
+        raise ModelError(f"{name} has layers of type {', '.join(sorted(strange))}, which are not supported")
+
+
+def _eos_token_ids(model: PreTrainedModel, of_tokenizer: int | None) -> frozenset[int]:
+    generation = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = of_tokenizer
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _model_len(config: PretrainedConfig, wanted: int | None) -> int:
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in _LENGTH_BOUND_ROPES:
+        limit = rope.get("original_max_position_embeddings") or limit
+    if limit is None:
+        limit = wanted or 2048
+    if wanted is not None and wanted > limit:
+        raise ModelError(f"max_model_len is {wanted}, the base model's limit is {limit}")
+    return wanted or int(limit)

@@ -1,0 +1,247 @@
+"""The engine: `add`, `abort`, `step`. One thread calls all of it; nothing here waits for anybody."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from worker.engine.adapter import LoRAWeights
+from worker.engine.kv_cache import KVCache
+from worker.engine.lora_slots import LoRASlots
+from worker.engine.model_runner import ModelRunner
+from worker.engine.sampler import Sample
+from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
+from worker.engine.sequence import Sequence
+from worker.engine.tokenizer import TextStream, Tokenizer
+from worker.errors import EngineFailed, InvalidParameters, PromptTooLong
+from worker.jobs import AdapterKey, Completion, Failure, FinishReason, InferenceRequest
+
+logger = logging.getLogger(__name__)
+
+_GIVE_UP_AFTER = 3
+"""Rows in a row that fail alone before the engine, not the rows, is held to be broken."""
+
+
+class StepStats(NamedTuple):
+    """What one step did, for metrics. Seconds are of wall time."""
+
+    rows: int
+    adapters: int
+    """Distinct adapters in the batch."""
+    prompt_tokens: int
+    generated_tokens: int
+    running: int
+    waiting: int
+    preempted: int
+    """Since the engine began."""
+    free_blocks: int
+    resident_adapters: int
+    schedule_seconds: float
+    prepare_seconds: float
+    forward_seconds: float
+    sample_seconds: float
+    update_seconds: float
+
+
+class Engine:
+    """Continuous batching over one base model and the adapters of `weights`.
+
+    A request's adapter must be loaded, and stay so, from `add` to its completion: `weights` is asked
+    for it when the adapter gets a slot, perhaps more than once.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        weights: Callable[[AdapterKey], LoRAWeights],
+        *,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_loras: int,
+    ) -> None:
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._weights = weights
+        self._eos = eos_token_ids
+        self._max_model_len = max_model_len
+        self._scheduler = Scheduler(
+            KVCache(*runner.cache_shape),
+            LoRASlots(max_loras),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._streams: dict[str, TextStream] = {}
+        self._failed_alone = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def check(self, request: InferenceRequest) -> None:
+        """Raise the RowError that `add` would, without adding. May be called from any thread."""
+        if not request.prompt:
+            raise InvalidParameters("The prompt has no tokens")
+        whole = len(request.prompt) + request.params.max_new_tokens
+        if whole > self._max_model_len:
+            raise PromptTooLong(
+                f"The prompt has {len(request.prompt)} tokens and max_new_tokens is "
+                f"{request.params.max_new_tokens}: together {whole}, the limit (max_model_len) is "
+                f"{self._max_model_len}"
+            )
+
+    def add(self, request: InferenceRequest) -> None:
+        """Take a request in. Raises RowError if it can never run, ValueError if its id is in flight."""
+        self.check(request)
+        if request.id in self._sequences:
+            raise ValueError(f"request {request.id} is in flight already")
+        sequence = self._sequences[request.id] = Sequence(request)
+        if request.params.stop_sequences:
+            self._streams[request.id] = TextStream(self._tokenizer, request.prompt)
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request without a completion; unknown ids are ignored, as it may just have ended."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._streams.pop(request_id, None)
+            self._scheduler.finish(sequence, FinishReason.ERROR)
+
+    def step(self) -> tuple[list[Completion], StepStats]:
+        """Put one batch through the model; returns the rows that ended.
+
+        A row whose own computation fails ends with a failure, the others go on. Raises EngineFailed
+        when it is not the rows' fault.
+        """
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        for slot, key in batch.loads:
+            self._runner.put_adapter(slot, self._weights(key))
+        scheduled = time.perf_counter()
+        completions, computed = self._compute(batch)
+        self._failed_alone = 0 if computed else self._failed_alone
+        done = time.perf_counter()
+        timings = self._runner.timings
+        work = timings.prepare_seconds + timings.forward_seconds + timings.sample_seconds
+        scheduler = self._scheduler
+        return completions, StepStats(
+            rows=len(computed),
+            adapters=len({row.sequence.request.adapter for row in computed} - {None}),
+            prompt_tokens=sum(row.num_tokens for row in computed if row.num_tokens > 1),
+            generated_tokens=sum(row.num_tokens == 1 for row in computed),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preempted=scheduler.num_preempted,
+            free_blocks=scheduler.kv_cache.num_free,
+            resident_adapters=len(scheduler.slots.resident),
+            schedule_seconds=scheduled - started,
+            prepare_seconds=timings.prepare_seconds,
+            forward_seconds=timings.forward_seconds,
+            sample_seconds=timings.sample_seconds,
+            update_seconds=max(0.0, done - scheduled - work),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the books agree; for tests, and cheap enough for idle moments."""
+        self._scheduler.check_integrity()
+        alive = {*self._scheduler.running, *self._scheduler.waiting}
+        assert alive == set(self._sequences.values())
+        assert self._streams.keys() <= self._sequences.keys()
+
+    def _compute(self, batch: Batch) -> tuple[list[Completion], list[ScheduledRow]]:
+        """Run and record a batch; halve it on trouble until the trouble is one row's."""
+        if not batch.rows:
+            return [], []
+        try:
+            samples = self._runner.run(batch)
+        except torch.OutOfMemoryError as exc:
+            torch.cuda.empty_cache()
+            return self._split(batch, exc, "oom")
+        except Exception as exc:  # noqa: BLE001 (whatever a model raises is one row's until shown otherwise)
+            return self._split(batch, exc, "internal")
+        return self._record(batch, samples), list(batch.rows)
+
+    def _split(self, batch: Batch, exc: Exception, code: str) -> tuple[list[Completion], list[ScheduledRow]]:
+        if len(batch.rows) == 1:
+            return [self._fail_alone(batch.rows[0].sequence, exc, code)], []
+        logger.warning("a batch of %d rows failed, trying halves: %s", len(batch.rows), exc)
+        middle = len(batch.rows) // 2
+        first, computed = self._compute(Batch(batch.rows[:middle]))
+        second, also = self._compute(Batch(batch.rows[middle:]))
+        return first + second, computed + also
+
+    def _fail_alone(self, sequence: Sequence, exc: Exception, code: str) -> Completion:
+        self._failed_alone += 1
+        if self._failed_alone >= _GIVE_UP_AFTER:
+            raise EngineFailed(f"{self._failed_alone} rows failed one after another: {exc}") from exc
+        logger.error("row %s failed by itself", sequence.request.id, exc_info=exc)
+        return self._fail(sequence, Failure(code, f"The model failed on this row: {exc}", retryable=True))
+
+    def _fail(self, sequence: Sequence, failure: Failure) -> Completion:
+        self._runner.scrub(sequence.blocks)
+        self._scheduler.finish(sequence, FinishReason.ERROR)
+        return self._complete(sequence, failure)
+
+    def _record(self, batch: Batch, samples: list[Sample]) -> list[Completion]:
+        completions = []
+        sampled = iter(samples)
+        kept_rows, kept_samples = [], []
+        for row in batch.rows:
+            own = next(sampled) if row.samples else None
+            if own is not None and not own.finite:
+                failure = Failure("internal", "The model's output for this row is not finite")
+                completions.append(self._fail(row.sequence, failure))
+                continue
+            kept_rows.append(row)
+            if own is not None:
+                kept_samples.append((own.token, own.log_prob))
+        ended = self._scheduler.update(Batch(tuple(kept_rows)), kept_samples, self._finish_reason)
+        return completions + [self._complete(sequence) for sequence in ended]
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the sequence ends with its last token, if it does."""
+        params = sequence.request.params
+        if sequence.tokens[-1] in self._eos and not params.ignore_eos:
+            return FinishReason.EOS_TOKEN
+        if params.stop_sequences and self._meets_stop(sequence):
+            return FinishReason.STOP_SEQUENCE
+        if sequence.num_generated >= params.max_new_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _meets_stop(self, sequence: Sequence) -> bool:
+        stream = self._streams[sequence.request.id]
+        new = stream.push(sequence.tokens[-1])
+        if not new:
+            return False
+        stops = sequence.request.params.stop_sequences
+        # A stop sequence may have begun in earlier tokens, but it ends in the new text.
+        begin = max(0, len(stream.text) - len(new) - max(map(len, stops)) + 1)
+        found = [at for at in (stream.text.find(stop, begin) for stop in stops) if at >= 0]
+        sequence.text_end = min(found, default=None)
+        return bool(found)
+
+    def _complete(self, sequence: Sequence, failure: Failure | None = None) -> Completion:
+        request = sequence.request
+        del self._sequences[request.id]
+        stream = self._streams.pop(request.id, None)
+        if sequence.text_end is not None:
+            assert stream is not None
+            text = stream.text[: sequence.text_end]
+        else:
+            text = self._tokenizer.continuation(request.prompt, sequence.generated)
+        assert sequence.finish_reason is not None
+        return Completion(
+            request_id=request.id,
+            text=text,
+            token_ids=tuple(sequence.generated),
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=len(request.prompt),
+            log_probs=tuple(sequence.log_probs) if request.params.details else None,
+            failure=failure,
+        )

@@ -1,0 +1,93 @@
+"""Text <-> token ids, through the base model's own tokenizer."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from worker.errors import InvalidLine
+from worker.jobs import ChatMessage
+
+_REPLACEMENT = "�"
+_CONTEXT_TOKENS = 6
+"""Prompt tokens decoded along with the first generated ones: some tokenizers spell a token by what is
+before it (a leading space, half a character)."""
+
+
+class Tokenizer:
+    """`encode` may be called from any thread; the rest from the engine's."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers raise "Already borrowed" on concurrent encoding
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._tokenizer.encode(text))
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt that the model's chat template makes of `messages`, ready for an answer.
+
+        Raises InvalidLine if there is no template, or it refuses the messages.
+        """
+        if self._tokenizer.chat_template is None:
+            raise InvalidLine("The row has messages, and the base model has no chat template")
+        conversation: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as exc:
+            raise InvalidLine(f"The base model's chat template refuses the messages: {exc}") from exc
+        return str(text)
+
+    def encode_chat(self, rendered: str) -> tuple[int, ...]:
+        """Token ids of a rendered chat; the template has put the special tokens there."""
+        with self._lock:
+            return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens` without the special ones."""
+        text = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def decode_one(self, token: int) -> str:
+        """The text of one token by itself, special tokens spelled out."""
+        return str(self._tokenizer.decode([token]))
+
+    def continuation(self, prompt: Sequence[int], generated: Sequence[int]) -> str:
+        """The text that `generated` adds after `prompt`."""
+        context = list(prompt[-_CONTEXT_TOKENS:])
+        before, whole = self.decode(context), self.decode([*context, *generated])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(generated)
+
+
+class TextStream:
+    """The text of a growing sequence, token by token, only ever in whole characters.
+
+    Decodes a few tokens at a time, whatever the length so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt[-_CONTEXT_TOKENS:])
+        self._start = 0
+        """First token of the window that is decoded."""
+        self._done = len(self._tokens)
+        """Tokens before this one have been turned into `text`."""
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """Take one more generated token; returns the text it completes, perhaps none."""
+        self._tokens.append(token)
+        before = self._tokenizer.decode(self._tokens[self._start : self._done])
+        whole = self._tokenizer.decode(self._tokens[self._start :])
+        if len(whole) <= len(before) or whole.endswith(_REPLACEMENT):
+            return ""
+        self._start, self._done = self._done, len(self._tokens)
+        new = whole[len(before) :]
+        self.text += new
+        return new

@@ -1,0 +1,417 @@
+"""The worker's settings: LORAMILL_* and flags, and the `option.*` family that DJL Serving's users know.
+
+Options come from `serving.properties` in the model's folder and from `OPTION_<NAME>`; the file wins over
+OPTION_*, and a flag or a LORAMILL_* variable wins over both. Of the other keys of serving.properties, those
+in IGNORED_KEYS, with or without DJL's device prefix (`gpu.maxWorkers`), are accepted and reported by
+`notes`, because they size DJL's own worker pool; any other key is a mistake. Options that ask for what this
+version does not do are refused, never swallowed.
+"""
+
+import ipaddress
+import re
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal
+
+import javaproperties
+from msgspec import Meta
+
+from adapters_sync import settings as reader
+from adapters_sync.settings import (
+    MODEL,
+    MODEL_EXPECTED,
+    S3_PREFIX,
+    S3_PREFIX_EXPECTED,
+    Reading,
+    Said,
+    SyncSettings,
+    describe,
+    nearest,
+)
+from worker.errors import SettingsError
+
+IGNORED_KEYS = frozenset({
+    "batchSize", "batch_size", "engine", "job_queue_size", "load_on_devices", "maxBatchDelay", "maxIdleTime",
+    "maxWorkers", "max_batch_delay", "max_idle_time", "max_workers", "minWorkers", "min_workers",
+    "response_timeout", "retry_threshold",
+})  # fmt: skip
+
+_S3 = {"expected": S3_PREFIX_EXPECTED}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class Settings(SyncSettings, frozen=True, kw_only=True):
+    """Everything the worker can be told. Derived values are properties; None means the derived default."""
+
+    queue_url: Annotated[
+        str | None,
+        Meta(
+            description="The SQS queue.",
+            pattern=r"^https?://[^/\s]+/\S+\Z",
+            extra={"expected": "the http(s) URL of a queue"},
+        ),
+    ] = None
+    output_prefixes: Annotated[
+        tuple[str, ...],
+        Meta(description="S3 prefixes that jobs may write to.", pattern=S3_PREFIX, extra=_S3),
+    ] = ()
+    device: Annotated[
+        str,
+        Meta(
+            description="Where the model runs.",
+            pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)\Z",
+            extra={"expected": "auto, cpu, cuda or cuda:<number>"},
+        ),
+    ] = "auto"
+
+    max_num_seqs: Annotated[
+        int,
+        Meta(
+            description="Most rows that run at once.",
+            ge=1,
+            le=65_536,
+            extra={"option": "max_rolling_batch_size"},
+        ),
+    ] = 16
+    max_num_batched_tokens: Annotated[int, Meta(description="Most tokens in one step.", ge=1)] = 2048
+    max_model_len: Annotated[
+        int | None,
+        Meta(
+            description="Most tokens of a row, prompt and answer together. Default: the model's own limit.",
+            ge=2,
+            extra={"option": "max_model_len"},
+        ),
+    ] = None
+    max_rows_per_job: Annotated[
+        int, Meta(description="Most rows that a message may carry.", ge=1, le=1_000_000)
+    ] = 10_000
+    max_in_flight_rows: Annotated[
+        int | None,
+        Meta(
+            description="Rows taken from the queue and not finished at which polling pauses. "
+            "Default: 4 x MAX_NUM_SEQS.",
+            ge=1,
+        ),
+    ] = None
+
+    visibility_timeout_seconds: Annotated[
+        int,
+        Meta(
+            description="How long a message stays hidden after each heartbeat, of which there are three.",
+            ge=10,
+            le=43_200,
+        ),
+    ] = 120
+    drain_timeout_seconds: Annotated[
+        float, Meta(description="How long running rows may take to finish at shutdown.", ge=0, le=43_200)
+    ] = 90.0
+    adapter_wait_seconds: Annotated[
+        float,
+        Meta(description="How long a row waits for an adapter that is not there yet.", ge=0, le=43_200),
+    ] = 30.0
+    sync: Annotated[bool, Meta(description="Run the adapter mirror inside the worker.")] = False
+    exit_when_idle_seconds: Annotated[
+        float | None,
+        Meta(
+            description="End when the queue has been empty this long. Default: never.",
+            ge=0,
+            extra={"flag": "--exit-when-idle"},
+        ),
+    ] = None
+
+    dead_letter: Annotated[
+        Literal["store", "redrive"],
+        Meta(
+            description="A message that can never succeed and has no known output: store writes it to S3 and "
+            "deletes it, redrive leaves it to the queue's own redrive policy."
+        ),
+    ] = "store"
+    dead_letter_uri: Annotated[
+        str | None,
+        Meta(
+            description="Where dead letters go. Default: <first of OUTPUT_PREFIXES>dead-letter/.",
+            pattern=S3_PREFIX,
+            extra=_S3,
+        ),
+    ] = None
+
+    http_host: Annotated[str, Meta(description="Address of metrics, health, management and invocations.")] = (
+        "127.0.0.1"
+    )
+    http_port: Annotated[int, Meta(description="0 takes any free port.", ge=0, le=65_535)] = 8080
+    http_token: Annotated[
+        str | None,
+        Meta(
+            description="Bearer token; required when HTTP_HOST is not a loopback address.",
+            extra={"secret": True},
+        ),
+    ] = None
+
+    model_id: Annotated[
+        str | None,
+        Meta(
+            description="Where the weights are, when they are not in MODEL.",
+            pattern=MODEL,
+            extra={"option": "model_id", "expected": MODEL_EXPECTED},
+        ),
+    ] = None
+    dtype: Annotated[
+        _Dtype,
+        Meta(
+            description="Type of the base model's weights; auto is the model's own.",
+            extra={"option": "dtype", "aliases": _DTYPES},
+        ),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool,
+        Meta(description="Run Python code that comes with the model.", extra={"option": "trust_remote_code"}),
+    ] = False
+    tensor_parallel_degree: Annotated[
+        int,
+        Meta(
+            description="Devices that share the model. Only 1 in this version.",
+            ge=1,
+            le=1,
+            extra={"option": "tensor_parallel_degree", "expected": "1: this version runs on one device"},
+        ),
+    ] = 1
+
+    enable_lora: Annotated[
+        bool | None,
+        Meta(
+            description="Serve adapters. Default: true when any setting leads to a folder of adapters.",
+            extra={"option": "enable_lora"},
+        ),
+    ] = None
+    max_loras: Annotated[
+        int,
+        Meta(description="Distinct adapters in one batch.", ge=1, le=4096, extra={"option": "max_loras"}),
+    ] = 4
+    max_lora_rank: Annotated[
+        int,
+        Meta(
+            description="An adapter of a higher rank is refused.",
+            ge=1,
+            le=65_536,
+            extra={"option": "max_lora_rank"},
+        ),
+    ] = 16
+    max_cpu_loras: Annotated[
+        int | None,
+        Meta(
+            description="Adapters kept in host memory. Default: MAX_LORAS.",
+            ge=1,
+            extra={"option": "max_cpu_loras"},
+        ),
+    ] = None
+    lora_dtype: Annotated[
+        _Dtype,
+        Meta(
+            description="Type of the adapters' weights; auto is the base model's.",
+            extra={"option": "lora_dtype", "aliases": _DTYPES},
+        ),
+    ] = "auto"
+    fully_sharded_loras: Annotated[
+        bool,
+        Meta(
+            description="Shard both halves of an adapter; without effect on one device.",
+            extra={"option": "fully_sharded_loras"},
+        ),
+    ] = True
+    lora_extra_vocab_size: Annotated[
+        int,
+        Meta(
+            description="Tokens that an adapter may add. Only 0 in this version.",
+            ge=0,
+            le=0,
+            extra={
+                "option": "lora_extra_vocab_size",
+                "expected": "0: this version takes no adapters that bring tokens of their own",
+            },
+        ),
+    ] = 0
+    long_lora_scaling_factors: Annotated[
+        str | None,
+        Meta(
+            description="Rope scaling factors. Not in this version: leave unset.",
+            pattern=r"(?!)",
+            extra={
+                "option": "long_lora_scaling_factors",
+                "expected": "left unset: this version does not have it",
+            },
+        ),
+    ] = None
+
+    def __repr__(self) -> str:
+        """Every setting that differs from its default, without the token."""
+        said = (
+            f"{info.name}={'***' if info.secret else repr(getattr(self, info.name))}"
+            for info in describe(Settings)
+            if getattr(self, info.name) != info.default
+        )
+        return f"Settings({', '.join(said)})"
+
+    @property
+    def weights(self) -> str | None:
+        """Where the base model's weights are: a folder, an s3 prefix or a hub id."""
+        return self.model_id or self.model
+
+    @property
+    def mirror_uri(self) -> str | None:
+        """As for SyncSettings; an s3 `model_id` implies one too."""
+        implied = super().mirror_uri
+        if implied is None and self.model_id is not None and self.model_id.startswith("s3://"):
+            return self.model_id.rstrip("/") + "/adapters/"
+        return implied
+
+    @property
+    def lora_enabled(self) -> bool:
+        """Whether adapters are served. Looks at the disk when nothing was said."""
+        if self.enable_lora is not None:
+            return self.enable_lora
+        if self.adapters_dir is not None or self.mirror_uri is not None or self.sync:
+            return True
+        return self.adapters_path is not None and self.adapters_path.is_dir()
+
+    @property
+    def cpu_loras(self) -> int:
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def in_flight_rows(self) -> int:
+        return 4 * self.max_num_seqs if self.max_in_flight_rows is None else self.max_in_flight_rows
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        return self.visibility_timeout_seconds / 3
+
+    @property
+    def dead_letter_prefix(self) -> str | None:
+        """Where dead letters go; None when neither DEAD_LETTER_URI nor OUTPUT_PREFIXES is set."""
+        if self.dead_letter_uri is None and self.output_prefixes:
+            return self.output_prefixes[0] + "dead-letter/"
+        return self.dead_letter_uri
+
+    def require(self, *names: str) -> list[str]:
+        """One mistake for each of these settings that a command needs and nobody gave."""
+        by_name = {info.name: info for info in describe(Settings)}
+        return [
+            f"{name}: required, and not set; set {by_name[name].env} or {by_name[name].flag}"
+            for name in names
+            if getattr(self, name) in {None, ()}
+        ]
+
+
+KNOWN_NAMES = reader.known_names(Settings)
+"""Every LORAMILL_ variable of the program, to pass as `known` where only SyncSettings is read."""
+
+_OPTIONS = {info.option: info.name for info in describe(Settings) if info.option is not None}
+
+
+def read_settings(
+    *,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object] | None = None,
+    properties: str | None = None,
+    known: Collection[str] = (),
+) -> Settings:
+    """Read every setting, or raise SettingsError with every mistake.
+
+    `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
+    read without it first, download the file, and read again. `flags` go by field name, None for not given.
+    """
+    mistakes: list[str] = []
+    options = {**_from_environment(environ, mistakes), **_from_properties(properties, mistakes)}
+    reading = reader.gather(Settings, environ=environ, flags=flags, options=options, known=known)
+    if reading.values["model"] is None:
+        reading.values["model"] = reading.values["model_id"]
+    settings = Settings(**reading.values)
+    mistakes += reading.mistakes + _cross_checks(settings, reading)
+    if mistakes:
+        raise SettingsError(mistakes)
+    return settings
+
+
+def notes(settings: Settings, properties: str | None = None) -> list[str]:
+    """What was said and has no effect, for the log at start."""
+    said = [
+        f"{key} in serving.properties sizes DJL Serving's workers and has no effect here"
+        for key in _parse(properties, [])
+        if _is_ignored(key) and key != "engine"
+    ]
+    if not settings.lora_enabled and settings.adapters_dir is not None:
+        said.append(f"enable_lora is false: the adapters in {settings.adapters_dir} are not served")
+    return said
+
+
+def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, Said]:
+    options = {}
+    for name, value in sorted(environ.items()):
+        if not name.startswith("OPTION_") or not value.strip():
+            continue
+        field = _OPTIONS.get(name.removeprefix("OPTION_").lower()) if name.isupper() else None
+        if field is None:
+            close = nearest(name, [f"OPTION_{option.upper()}" for option in _OPTIONS])
+            mistakes.append(f"{name}: unknown option (environment); the nearest known one is {close}")
+        else:
+            options[field] = Said(name, value)
+    return options
+
+
+def _from_properties(text: str | None, mistakes: list[str]) -> dict[str, Said]:
+    options = {}
+    for key, value in _parse(text, mistakes).items():
+        field = _OPTIONS.get(key.removeprefix("option.")) if key.startswith("option.") else None
+        if field is not None and value.strip():
+            options[field] = Said(f"{key} in serving.properties", value)
+        elif field is None and not _is_ignored(key):
+            close = nearest(key, [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS])
+            mistakes.append(f"{key}: unknown key (serving.properties); the nearest known one is {close}")
+    return options
+
+
+def _is_ignored(key: str) -> bool:
+    return re.sub(r"^(?!option\.)[a-z]+\.", "", key) in IGNORED_KEYS
+
+
+def _parse(text: str | None, mistakes: list[str]) -> dict[str, str]:
+    try:
+        return dict(javaproperties.loads(text or ""))
+    except ValueError as error:
+        mistakes.append(f"serving.properties: not a Java properties file: {error}")
+        return {}
+
+
+def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
+    """Settings that contradict each other. One that was refused by itself is not looked at again."""
+
+    def shown(name: str) -> str:
+        return f"{getattr(settings, name)} (from {reading.origins.get(name, 'the default')})"
+
+    cpu_loras, loras = shown("max_cpu_loras"), shown("max_loras")
+    tokens, rows = shown("max_num_batched_tokens"), shown("max_num_seqs")
+    checks = [
+        (
+            {"max_cpu_loras", "max_loras"},
+            settings.cpu_loras < settings.max_loras,
+            f"max_cpu_loras: {cpu_loras} must be at least max_loras, {loras}",
+        ),
+        (
+            {"max_num_batched_tokens", "max_num_seqs"},
+            settings.max_num_batched_tokens < settings.max_num_seqs,
+            f"max_num_batched_tokens: {tokens} must be at least max_num_seqs, {rows}",
+        ),
+        (
+            {"http_host", "http_token"},
+            settings.http_token is None and not _is_loopback(settings.http_host),
+            f"http_token: LORAMILL_HTTP_TOKEN or --http-token must be set for http_host {shown('http_host')}",
+        ),
+    ]
+    return [text for names, wrong, text in checks if wrong and reading.refused.isdisjoint(names)]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -1,0 +1,174 @@
+"""The object store: what the worker asks of it, and S3."""
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from worker.errors import ObjectExists, ObjectNotFound, StoreUnavailable
+from worker.transport.clients import Clients, jittered, translated
+from worker.transport.objects import ObjectTooLarge, StoredObject, StoreRefused, make_uri, parse_uri
+from worker.transport.tree import download_tree
+
+__all__ = ["ObjectTooLarge", "S3Store", "Store", "StoreRefused", "StoredObject", "make_uri", "parse_uri"]
+
+_CHUNK_BYTES = 1 << 20
+_CONFLICT_ATTEMPTS = 6
+
+
+class Store(Protocol):
+    """Objects at `s3://bucket/key`.
+
+    Every method raises StoreUnavailable for trouble that time may mend, and StoreRefused when no retry can
+    help. Subclass this: `download_tree` is the same for all stores.
+    """
+
+    async def put_if_absent(
+        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+    ) -> StoredObject:
+        """Store `body`, unless there is an object at `uri`: of many who try, one succeeds.
+
+        Raises ObjectExists. The object found may be this very call's own: an answer lost in the network is
+        followed by a retry, which finds what the first try stored.
+        """
+
+    async def put(
+        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+    ) -> StoredObject:
+        """Store `body` at `uri`, in place of whatever is there."""
+
+    async def get(self, uri: str, *, max_bytes: int | None = None) -> tuple[bytes, StoredObject]:
+        """Read a whole object. Raises ObjectNotFound, and ObjectTooLarge before reading the body."""
+
+    async def head(self, uri: str) -> StoredObject | None:
+        """Look at an object without reading it; None when there is none (or no such bucket)."""
+
+    def list(self, uri: str) -> AsyncGenerator[StoredObject, None]:
+        """Every object whose URI begins with `uri`, in the order of the keys."""
+
+    def stream(self, stored: StoredObject) -> AsyncGenerator[bytes, None]:
+        """The bytes of exactly that version of the object, in chunks; close the generator if you leave early.
+
+        Raises ObjectNotFound, and StoreUnavailable when the object was overwritten or the bytes arrived
+        damaged. Only the end of the stream proves the checksum.
+        """
+
+    async def download_tree(
+        self, uri: str, directory: Path, on_bytes: Callable[[int], None] | None = None
+    ) -> bool:
+        """Make `directory` a copy of everything under the folder `uri`; see `tree.download_tree`."""
+        return await download_tree(self, uri, directory, on_bytes)
+
+
+class S3Store(Store):
+    """S3. `sleep` waits between tries of a conditional PUT that met another one."""
+
+    def __init__(
+        self, clients: Clients, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        self._clients = clients
+        self._sleep = sleep
+
+    async def put_if_absent(
+        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+    ) -> StoredObject:
+        for attempt in range(_CONFLICT_ATTEMPTS):
+            if attempt:
+                await self._sleep(jittered(0.1 * 2**attempt))
+            try:
+                return await self._put(uri, body, content_type, {"IfNoneMatch": "*"})
+            except _Conflict:
+                continue
+        raise StoreUnavailable(f"{uri}: another conditional PUT was under way {_CONFLICT_ATTEMPTS} times")
+
+    async def put(
+        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+    ) -> StoredObject:
+        return await self._put(uri, body, content_type, {})
+
+    async def get(self, uri: str, *, max_bytes: int | None = None) -> tuple[bytes, StoredObject]:
+        with _errors(uri):
+            answer = await self._get(uri, {})
+            body = answer["Body"]
+            async with body:  # `as` would give the raw response, which checks nothing
+                stored = _stored(uri, answer["ETag"], answer["ContentLength"])
+                if max_bytes is not None and stored.size > max_bytes:
+                    raise ObjectTooLarge(uri, stored.size, max_bytes)
+                return await body.read(), stored
+
+    async def head(self, uri: str) -> StoredObject | None:
+        bucket, key = parse_uri(uri)
+        try:
+            with _errors(uri):
+                answer = await self._clients.objects.head_object(Bucket=bucket, Key=key)
+        except ObjectNotFound:
+            return None
+        return _stored(uri, answer["ETag"], answer["ContentLength"])
+
+    async def list(self, uri: str) -> AsyncGenerator[StoredObject, None]:
+        bucket, prefix = parse_uri(uri)
+        page: dict[str, str] = {}
+        while True:
+            with _errors(uri):
+                answer = await self._clients.objects.list_objects_v2(Bucket=bucket, Prefix=prefix, **page)
+            for entry in answer.get("Contents", []):
+                yield _stored(make_uri(bucket, entry["Key"]), entry["ETag"], entry["Size"])
+            if not answer.get("IsTruncated"):
+                return
+            page = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    async def stream(self, stored: StoredObject) -> AsyncGenerator[bytes, None]:
+        changed = {"PreconditionFailed": StoreUnavailable(f"{stored.uri} was overwritten while it was read")}
+        with _errors(stored.uri, changed):
+            answer = await self._get(stored.uri, {"IfMatch": f'"{stored.etag}"'})
+            body = answer["Body"]
+            async with body:
+                while chunk := await body.read(_CHUNK_BYTES):
+                    yield chunk
+
+    async def _get(self, uri: str, options: Mapping[str, str]) -> Any:
+        bucket, key = parse_uri(uri)
+        return await self._clients.objects.get_object(
+            Bucket=bucket, Key=key, ChecksumMode="ENABLED", **options
+        )
+
+    async def _put(
+        self, uri: str, body: bytes, content_type: str, options: Mapping[str, str]
+    ) -> StoredObject:
+        bucket, key = parse_uri(uri)
+        # Made here and not by the SDK, which would send it as a trailer that not every server understands.
+        checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
+        with _errors(uri, {"ConditionalRequestConflict": _Conflict(uri)}):
+            answer = await self._clients.objects.put_object(
+                Bucket=bucket,
+                Key=key,
+                Body=body,
+                ContentType=content_type,
+                ChecksumSHA256=checksum,
+                **options,
+            )
+        return _stored(uri, answer["ETag"], len(body))
+
+
+class _Conflict(Exception):
+    """409: another conditional PUT of the key was under way; who wins is not known yet."""
+
+
+def _errors(uri: str, known: Mapping[str, Exception] | None = None) -> AbstractContextManager[None]:
+    meanings: dict[str, Exception] = {
+        "404": ObjectNotFound(uri),
+        "NoSuchKey": ObjectNotFound(uri),
+        "PreconditionFailed": ObjectExists(uri),
+    }
+    return translated(
+        unavailable=lambda text: StoreUnavailable(f"{uri}: {text}"),
+        refused=lambda text: StoreRefused(f"{uri}: {text}"),
+        known=meanings | dict(known or {}),
+    )
+
+
+def _stored(uri: str, etag: str, size: int) -> StoredObject:
+    return StoredObject(uri, etag.strip('"'), size)

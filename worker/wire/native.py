@@ -1,0 +1,173 @@
+"""A job message: the SQS body and its attributes -> Job."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from worker.errors import InvalidMessage, JobError
+from worker.jobs import Delivery, Job, Output
+from worker.wire import rows
+from worker.wire.checks import show, unknown
+from worker.wire.places import read_output
+from worker.wire.rows import read_rows
+
+MAX_BODY_BYTES = 1_048_576
+MAX_TTL_SECONDS = 1_000_000_000
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+ADAPTER_ATTRIBUTES = ("adapter", "x-amzn-sagemaker-adapter-identifier")
+"""Message attributes that name the adapter of every row, in lower case; the later one wins."""
+
+FIELDS = rows.FIELDS | {"version", "id", "task", "output", "ttl_seconds", "metadata"}
+PLANNED_FIELDS = {"input", "part", "parts"}
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def decode(delivery: Delivery, *, output_prefixes: Sequence[str], max_rows: int, now: float) -> Job:
+    """Read a job, or raise InvalidMessage or ForbiddenOutput. A row's own mistake is that row's `failure`.
+
+    `now` (seconds since the epoch) stands in for a missing SentTimestamp. In every optional field null
+    counts as absent.
+    """
+    try:
+        body = _parse(delivery)
+        _check_names(body)
+        job_id = _read_id(body, delivery)
+        adapter = adapter_attribute(delivery.attributes)
+        output = read_output(body.get("output"), output_prefixes)
+        created_at = delivery.sent_at or now
+        ttl = _read_ttl(body.get("ttl_seconds"))
+        return Job(
+            id=job_id,
+            rows=read_rows(body, max_rows=max_rows, adapter=adapter),
+            output=output,
+            digest=_digest(body, output, adapter),
+            created_at=created_at,
+            expires_at=None if ttl is None else created_at + ttl,
+            metadata=_read_metadata(body.get("metadata")),
+        )
+    except RecursionError as error:
+        raise InvalidMessage("the body is nested too deeply") from error
+
+
+def salvage(delivery: Delivery, output_prefixes: Sequence[str]) -> tuple[str, Output | None]:
+    """The job id and output of a message that `decode` refused, as far as they can be known.
+
+    The id falls back to the message's own. The output is None when the body is not a JSON object or its
+    output is no good: nobody is known to look anywhere, and the message is a dead letter.
+    """
+    try:
+        body = _parse(delivery)
+    except (JobError, RecursionError):
+        return delivery.message_id, None
+    try:
+        job_id = _read_id(body, delivery)
+    except InvalidMessage:
+        job_id = delivery.message_id
+    try:
+        return job_id, read_output(body.get("output"), output_prefixes)
+    except JobError:
+        return job_id, None
+
+
+def adapter_attribute(attributes: Mapping[str, str]) -> str | None:
+    """The adapter that the message attributes name for every row; None when they name none."""
+    found: str | None = None
+    for wanted in ADAPTER_ATTRIBUTES:
+        values = {value for name, value in attributes.items() if name.lower() == wanted}
+        if len(values) > 1:
+            raise InvalidMessage(f"message attribute {wanted} is there twice, with different values")
+        found = next(iter(values), found)
+    return found
+
+
+def is_job_id(text: str) -> bool:
+    """Whether this may be a job's id, and so a folder's name in S3."""
+    return _ID.fullmatch(text) is not None and text not in {".", ".."}
+
+
+def _parse(delivery: Delivery) -> dict[str, Any]:
+    try:
+        size = len(delivery.body.encode())
+        size += sum(len(name.encode()) + len(value.encode()) for name, value in delivery.attributes.items())
+    except UnicodeEncodeError as error:
+        raise InvalidMessage("the body or an attribute cannot be written as UTF-8") from error
+    if size > MAX_BODY_BYTES:
+        raise InvalidMessage(f"the message has {size} bytes; it may have {MAX_BODY_BYTES}")
+    try:
+        body = msgspec.json.decode(delivery.body)
+    except msgspec.DecodeError as error:
+        raise InvalidMessage(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise InvalidMessage("the body is JSON and not an object")
+    return body
+
+
+def _check_names(body: Mapping[str, Any]) -> None:
+    planned = sorted(name for name in PLANNED_FIELDS if body.get(name) is not None)
+    if planned:
+        raise InvalidMessage(
+            f"{planned[0]} is not supported by this version, which takes jobs whose rows are in `inputs`"
+        )
+    stranger = unknown(body, FIELDS | PLANNED_FIELDS)
+    if stranger is not None:
+        raise InvalidMessage(f"field {stranger}")
+    version = body.get("version")
+    if version is not None and (isinstance(version, bool) or version != 1):
+        raise InvalidMessage(f"version is {show(version)}; it must be 1")
+    task = body.get("task")
+    if task == "score":
+        raise InvalidMessage("task score is not supported by this version; supported: generate")
+    if task is not None and task != "generate":
+        raise InvalidMessage(f"task is {show(task)}; it must be generate")
+
+
+def _read_id(body: Mapping[str, Any], delivery: Delivery) -> str:
+    job_id = body.get("id")
+    if job_id is None:
+        job_id = delivery.message_id
+    if not isinstance(job_id, str) or not is_job_id(job_id):
+        raise InvalidMessage(
+            f"id is {show(job_id)}; it must be 1 to 128 of A-Z a-z 0-9 . _ -, and not . or .."
+        )
+    return job_id
+
+
+def _read_ttl(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TTL_SECONDS:
+        raise InvalidMessage(
+            f"ttl_seconds is {show(value)}; it must be a number above 0 and at most {MAX_TTL_SECONDS}"
+        )
+    return float(value)
+
+
+def _read_metadata(value: object) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        raise InvalidMessage(
+            f"metadata is {show(value)}; it must be an object of at most {MAX_METADATA} texts"
+        )
+    for name, text in value.items():
+        if len(name) > MAX_METADATA_KEY or not isinstance(text, str) or len(text) > MAX_METADATA_VALUE:
+            raise InvalidMessage(
+                f"metadata {show(name)} must be text of at most {MAX_METADATA_VALUE} characters "
+                f"under a name of at most {MAX_METADATA_KEY}"
+            )
+    return value
+
+
+def _digest(body: Mapping[str, Any], output: Output, adapter: str | None) -> str:
+    """Of what was sent rather than what was made of it, so that two releases of loramill agree on it."""
+    asked = {name: body[name] for name in sorted(rows.FIELDS) if body.get(name) is not None}
+    asked["task"] = body.get("task") or "generate"
+    asked["output"] = [output.uri, output.format]
+    asked["adapter"] = adapter
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

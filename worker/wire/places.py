@@ -1,0 +1,92 @@
+"""Where a job's results lie: the check of `output`, and the keys below it."""
+
+from collections.abc import Mapping, Sequence
+
+from worker.errors import ForbiddenOutput, InvalidMessage
+from worker.jobs import Job, Output
+from worker.wire.checks import show, unknown
+
+FORMATS = ("native",)
+PLANNED_FORMATS = ("openai", "bedrock")
+# An S3 key has 1024 bytes, of which the job id takes up to 128 and the file's name about 40.
+MAX_PREFIX_BYTES = 850
+
+
+def read_output(value: object, output_prefixes: Sequence[str]) -> Output:
+    """The `output` of a message; when absent, the worker's only output prefix.
+
+    Raises InvalidMessage when it is not an output, ForbiddenOutput when it lies outside `output_prefixes`.
+    """
+    if value is None:
+        return _only(output_prefixes)
+    if not isinstance(value, Mapping):
+        raise InvalidMessage(f"output is {show(value)}; it must be an object with a uri")
+    stranger = unknown(value, ("uri", "format"))
+    if stranger is not None:
+        raise InvalidMessage(f"output: {stranger}")
+    return Output(uri=_allowed(_read_uri(value.get("uri")), output_prefixes), format=_format(value))
+
+
+def job_prefix(output: Output, job_id: str) -> str:
+    """The prefix that holds everything of one job."""
+    return f"{output.uri}{job_id}/"
+
+
+def result_uri(job: Job, part: int = 0, parts: int = 1) -> str:
+    """Where part `part` (from 0) of `parts` goes."""
+    assert 0 <= part < parts, (part, parts)
+    return f"{job_prefix(job.output, job.id)}results-{part:05d}-of-{parts:05d}.jsonl"
+
+
+def manifest_uri(output: Output, job_id: str) -> str:
+    """Where the manifest goes: the commit of the whole job."""
+    return job_prefix(output, job_id) + "manifest.json"
+
+
+def cancel_uri(output: Output, job_id: str) -> str:
+    """The object whose presence cancels the job."""
+    return job_prefix(output, job_id) + "cancel"
+
+
+def dead_letter_uri(prefix: str, message_id: str) -> str:
+    """Where a message goes that no job and no output could be made of."""
+    return f"{prefix}{message_id}.json"
+
+
+def _only(output_prefixes: Sequence[str]) -> Output:
+    if len(output_prefixes) == 1:
+        return Output(uri=output_prefixes[0])
+    raise InvalidMessage(
+        f"output is absent; it is required because the worker has {len(output_prefixes)} output prefixes"
+    )
+
+
+def _format(value: Mapping[str, object]) -> str:
+    said = value.get("format")
+    if said is None:
+        return FORMATS[0]
+    if said in PLANNED_FORMATS:
+        raise InvalidMessage(f"output.format {said} is not supported by this version; supported: native")
+    if said not in FORMATS:
+        raise InvalidMessage(f"output.format is {show(said)}; it must be native")
+    return str(said)
+
+
+def _read_uri(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("s3://"):
+        raise InvalidMessage(f"output.uri is {show(value)}; it must be text of the form s3://bucket/prefix/")
+    if not value.isprintable():
+        raise InvalidMessage("output.uri holds characters that cannot be printed")
+    uri = value if value.endswith("/") else value + "/"
+    if len(uri.encode()) > MAX_PREFIX_BYTES:
+        raise InvalidMessage(f"output.uri has {len(uri.encode())} bytes; it may have {MAX_PREFIX_BYTES}")
+    return uri
+
+
+def _allowed(uri: str, output_prefixes: Sequence[str]) -> str:
+    segments = uri.removeprefix("s3://").removesuffix("/").split("/")
+    if not {"", ".", ".."}.isdisjoint(segments):
+        raise ForbiddenOutput(f"output.uri is {show(uri)}; none of its segments may be empty, . or ..")
+    if not any(uri.startswith(prefix) for prefix in output_prefixes if prefix.endswith("/")):
+        raise ForbiddenOutput(f"output.uri is {show(uri)}, which is not under the worker's output prefixes")
+    return uri

@@ -1,0 +1,154 @@
+"""Result files: one JSON line per row, in input order, errors included; and what such a file adds up to."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from worker.errors import LoramillError
+from worker.jobs import Failure, RowResult, TokenDetail
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens read and tokens written."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Details(msgspec.Struct, frozen=True):
+    """What `"details": true` adds to a line, by DJL's names. `inputs` is null for a chat row."""
+
+    finish_reason: str
+    generated_tokens: int
+    inputs: str | None
+    tokens: tuple[TokenDetail, ...]
+
+
+class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One line, as it is written. `adapter` is "" for the base model."""
+
+    id: str
+    index: int
+    adapter: str
+    adapter_version: str | None
+    generated_text: str | None
+    finish_reason: str
+    usage: Usage
+    details: Details | msgspec.UnsetType = msgspec.UNSET
+    error: Failure | None
+
+
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manifest says about one result file, or by `total` about several."""
+
+    rows: int = 0
+    completed: int = 0
+    errors: dict[str, int] = {}
+    """Failed rows by error code."""
+    usage: Usage = Usage()
+    adapters: dict[str, tuple[str, ...]] = {}
+    """The versions that served, by adapter name, sorted."""
+    sha256: str = ""
+    """Of the file's bytes, in hex; empty for a total."""
+
+    @property
+    def failed(self) -> int:
+        return self.rows - self.completed
+
+
+def result_line(result: RowResult) -> ResultLine:
+    """One row's outcome as a line. A failed row keeps no text."""
+    failure = result.failure or result.row.failure
+    return ResultLine(
+        id=result.row.id,
+        index=result.row.index,
+        adapter=result.row.adapter or "",
+        adapter_version=result.adapter_version,
+        generated_text=None if failure else result.text,
+        finish_reason="error" if failure else result.finish_reason.value,
+        usage=Usage(result.prompt_tokens, result.completion_tokens),
+        details=msgspec.UNSET if failure else _details(result),
+        error=failure,
+    )
+
+
+def encode_rows(results: Sequence[RowResult]) -> bytes:
+    """The bytes of one result file: UTF-8, a newline after every line, in the order given."""
+    return b"".join(_encode(result_line(result)) + b"\n" for result in results)
+
+
+def tally(jsonl: bytes) -> Tally:
+    """Add up a result file, so that a manifest can be made of a committed part alone.
+
+    Raises LoramillError when the bytes are not a result file.
+    """
+    try:
+        lines = _LINES.decode_lines(jsonl)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise LoramillError(f"not a result file: {error}") from error
+    errors = Counter(line.error.code for line in lines if line.error is not None)
+    return Tally(
+        rows=len(lines),
+        completed=len(lines) - errors.total(),
+        errors=dict(errors),
+        usage=_sum(line.usage for line in lines),
+        adapters=_versions(
+            (line.adapter, line.adapter_version) for line in lines if line.adapter_version is not None
+        ),
+        sha256=hashlib.sha256(jsonl).hexdigest(),
+    )
+
+
+def total(tallies: Sequence[Tally]) -> Tally:
+    """The tallies of all parts as one."""
+    return Tally(
+        rows=sum(one.rows for one in tallies),
+        completed=sum(one.completed for one in tallies),
+        errors=dict(sum((Counter(one.errors) for one in tallies), Counter())),
+        usage=_sum(one.usage for one in tallies),
+        adapters=_versions(
+            (name, version) for one in tallies for name, found in one.adapters.items() for version in found
+        ),
+    )
+
+
+_ENCODER = msgspec.json.Encoder()
+_LINES = msgspec.json.Decoder(ResultLine)
+
+
+def _encode(line: ResultLine) -> bytes:
+    try:
+        return _ENCODER.encode(line)
+    except UnicodeEncodeError:  # half of a surrogate pair, from a tokenizer or an error's text
+        return _ENCODER.encode(_writable(msgspec.to_builtins(line)))
+
+
+def _writable(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {name: _writable(one) for name, one in value.items()}
+    return [_writable(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _details(result: RowResult) -> Details | msgspec.UnsetType:
+    if not result.row.params.details or result.tokens is None:
+        return msgspec.UNSET
+    return Details(result.finish_reason.value, result.completion_tokens, result.row.text, result.tokens)
+
+
+def _sum(usages: Iterable[Usage]) -> Usage:
+    prompt = completion = 0
+    for usage in usages:
+        prompt += usage.prompt_tokens
+        completion += usage.completion_tokens
+    return Usage(prompt, completion)
+
+
+def _versions(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for name, version in pairs:
+        found.setdefault(name, set()).add(version)
+    return {name: tuple(sorted(versions)) for name, versions in sorted(found.items())}
