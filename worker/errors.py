@@ -142,5 +142,23 @@ class ObjectNotFound(LoramillError):
         super().__init__(f"{uri} does not exist")
 
 
+class QueueRefused(LoramillError):
+    """SQS said no and will say so again: access denied, no such queue, no credentials."""
+
+
+class StoreRefused(LoramillError):
+    """S3 said no and will say so again: access denied, no such bucket, no credentials, a bad URI or key."""
+
+
+class ObjectTooLarge(StoreRefused):
+    """The object at `uri` has `size` bytes, more than the caller would take."""
+
+    def __init__(self, uri: str, size: int, max_bytes: int) -> None:
+        self.uri = uri
+        self.size = size
+        self.max_bytes = max_bytes
+        super().__init__(f"{uri} has {size} bytes; at most {max_bytes} are taken")
+
+
 class EngineFailed(LoramillError):
     """The engine thread ended by an error that no single row explains."""

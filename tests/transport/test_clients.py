@@ -13,9 +13,9 @@ from botocore.exceptions import (
     ParamValidationError,
 )
 
-from worker.errors import ObjectExists, QueueUnavailable, SettingsError
+from worker.errors import ObjectExists, QueueRefused, QueueUnavailable, SettingsError
 from worker.transport.clients import MAX_POLL_SECONDS, Clients, jittered, translated
-from worker.transport.queue import QueueRefused, SqsQueue
+from worker.transport.queue import SqsQueue
 
 
 def with_clients(scenario) -> None:

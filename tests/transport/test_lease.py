@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from worker.errors import LeaseLost, QueueUnavailable
+from worker.errors import LeaseLost, QueueRefused, QueueUnavailable
 from worker.transport.lease import LeaseKeeper, LeaseState
 from worker.transport.memory import ManualClock, MemoryQueue
-from worker.transport.queue import Outcome, QueueRefused
+from worker.transport.queue import Outcome
 
 VISIBILITY = 30
 

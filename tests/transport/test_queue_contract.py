@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from worker.errors import QueueRefused
 from worker.transport.lease import LeaseKeeper
-from worker.transport.queue import QueueRefused, SqsQueue
+from worker.transport.queue import SqsQueue
 
 
 def test_message_arrives_with_its_attributes(run_queue):

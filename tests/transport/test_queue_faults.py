@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from botocore.exceptions import ClientError
 
-from worker.errors import QueueUnavailable
-from worker.transport.queue import QueueRefused, SqsQueue
+from worker.errors import QueueRefused, QueueUnavailable
+from worker.transport.queue import SqsQueue
 
 
 class Service:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from worker.errors import ObjectExists, ObjectNotFound, StoreUnavailable
-from worker.transport.store import ObjectTooLarge, StoredObject, StoreRefused
+from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
+from worker.transport.store import StoredObject
 
 
 async def drain(chunks) -> bytes:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from botocore.exceptions import ClientError
 
-from worker.errors import ObjectExists, StoreUnavailable
+from worker.errors import ObjectExists, StoreRefused, StoreUnavailable
 from worker.transport.clients import Clients
-from worker.transport.store import S3Store, StoreRefused, make_uri, parse_uri
+from worker.transport.store import S3Store, make_uri, parse_uri
 
 
 class Service:

@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from worker.errors import ObjectNotFound, StoreUnavailable
+from worker.errors import ObjectNotFound, StoreRefused, StoreUnavailable
 from worker.transport.memory import MemoryStore
-from worker.transport.store import StoreRefused
 from worker.transport.tree import MARKER, download_tree
 
 
@@ -131,7 +130,7 @@ def test_broken_stream_is_fetched_again_and_progress_stays_true(tmp_path):
         store = await filled(a=b"0123456789")
         store.failures = 2
         steps: list[int] = []
-        await download_tree(store, "s3://b/m", tmp_path / "m", steps.append)
+        await download_tree(store, "s3://b/m", tmp_path / "m", on_bytes=steps.append)
         assert (tmp_path / "m/a").read_bytes() == b"0123456789"
         assert sum(steps) == 10
         assert min(steps) == -1
@@ -224,3 +223,13 @@ def test_at_most_six_objects_are_fetched_at_once(tmp_path):
         assert store.streams == 20
 
     play(scenario)
+
+
+def test_folders_left_out_are_not_fetched(tmp_path):
+    async def scenario():
+        store = await filled(**{"config.json": b"{}", "adapters/a/x": b"1", "adapters.txt": b"2"})
+        await download_tree(store, "s3://b/m", tmp_path / "m", without={"adapters"})
+
+    play(scenario)
+    found = {path.name for path in (tmp_path / "m").rglob("*") if path.name != MARKER}
+    assert found == {"config.json", "adapters.txt"}

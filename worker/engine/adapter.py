@@ -112,8 +112,11 @@ def load_adapter(
 ) -> LoRAWeights:
     """Read, check and scale the adapter in `folder`; tensors are of `dtype`, on the CPU.
 
-    `targets` are the base model's modules by name. Raises AdapterInvalid with the reason.
+    `targets` are the base model's modules by name. Raises AdapterInvalid with the reason, and OSError when
+    the folder is gone or the disk fails, which says nothing about the adapter.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there")
     try:
         config = read_config(folder / CONFIG_FILE)
         ranks = _expected_ranks(config, targets, max_lora_rank)
@@ -136,7 +139,7 @@ def read_config(path: Path) -> LoraConfig:
     """The adapter's LoraConfig, refused if any of it would not be honoured."""
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError, RecursionError) as exc:
+    except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as exc:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}") from exc
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(f"peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
@@ -220,7 +223,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as exc:
+    except (FileNotFoundError, SafetensorError) as exc:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}") from exc
 
 

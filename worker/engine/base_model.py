@@ -71,7 +71,8 @@ def load_base_model(
     except (OSError, ValueError, KeyError, ImportError) as exc:
         raise ModelError(f"the base model at {path} cannot be loaded: {exc}") from exc
     _check_supported(model)
-    model.requires_grad_(False).to(device=device).train(False)
+    model.requires_grad_(False).train(False)
+    model.to(device)  # type: ignore[arg-type]  # its decorator loses `self`
     return BaseModel(
         model=model,
         tokenizer=Tokenizer(tokenizer),

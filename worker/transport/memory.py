@@ -8,9 +8,9 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 
-from worker.errors import ObjectExists, ObjectNotFound, StoreUnavailable
+from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
 from worker.jobs import Delivery
-from worker.transport.objects import ObjectTooLarge, StoredObject, StoreRefused, parse_uri
+from worker.transport.objects import StoredObject, parse_uri
 from worker.transport.queue import MAX_BATCH, MAX_VISIBILITY_SECONDS, Outcome, Queue, QueueInfo
 from worker.transport.store import Store
 
@@ -199,12 +199,16 @@ class MemoryStore(Store):
         self._objects: dict[str, tuple[bytes, StoredObject]] = {}
 
     async def put_if_absent(
-        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+        self,
+        uri: str,
+        body: bytes,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
         await asyncio.sleep(0)
         if uri in self._objects:
             raise ObjectExists(uri)
-        return self._store(uri, body)
+        return self._store(uri, body, metadata)
 
     async def put(
         self, uri: str, body: bytes, content_type: str = "application/octet-stream"
@@ -235,12 +239,12 @@ class MemoryStore(Store):
         for at in range(0, len(body), 65_536):
             yield body[at : at + 65_536]
 
-    def _store(self, uri: str, body: bytes) -> StoredObject:
+    def _store(self, uri: str, body: bytes, metadata: Mapping[str, str] | None = None) -> StoredObject:
         self._check_bucket(uri)
         if not parse_uri(uri)[1]:
             raise StoreRefused(f"{uri} has no key")
         etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
-        self._objects[uri] = (bytes(body), StoredObject(uri, etag, len(body)))
+        self._objects[uri] = (bytes(body), StoredObject(uri, etag, len(body), dict(metadata or {})))
         return self._objects[uri][1]
 
     def _find(self, uri: str) -> tuple[bytes, StoredObject]:

@@ -1,24 +1,10 @@
-"""What the object store talks about: objects, their URIs, and the ways in which it says no."""
+"""What the object store talks about: objects and their URIs."""
 
 import msgspec
 
-from worker.errors import LoramillError
+from worker.errors import StoreRefused
 
 _SCHEME = "s3://"
-
-
-class StoreRefused(LoramillError):
-    """S3 said no and will say so again: access denied, no such bucket, no credentials, a bad URI or key."""
-
-
-class ObjectTooLarge(StoreRefused):
-    """The object at `uri` has `size` bytes, more than the caller would take."""
-
-    def __init__(self, uri: str, size: int, max_bytes: int) -> None:
-        self.uri = uri
-        self.size = size
-        self.max_bytes = max_bytes
-        super().__init__(f"{uri} has {size} bytes; at most {max_bytes} are taken")
 
 
 class StoredObject(msgspec.Struct, frozen=True):
@@ -29,6 +15,8 @@ class StoredObject(msgspec.Struct, frozen=True):
     """Without the quotes, as S3 event messages have it."""
     size: int
     """Bytes."""
+    metadata: dict[str, str] = {}
+    """What was said of it when it was stored, names in lower case; known after a `get` or a `head`."""
 
 
 def parse_uri(uri: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from worker.errors import LoramillError, QueueUnavailable
+from worker.errors import QueueRefused, QueueUnavailable
 from worker.jobs import Delivery
 from worker.transport.clients import MAX_POLL_SECONDS, Clients, jittered, plain_code, translated
 
@@ -35,10 +35,6 @@ _LOST_CODES = frozenset(
         "InvalidParameterValue",
     }
 )
-
-
-class QueueRefused(LoramillError):
-    """SQS said no and will say so again: no such queue, access denied, no credentials, a bad request."""
 
 
 class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,17 +3,17 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from worker.errors import ObjectExists, ObjectNotFound, StoreUnavailable
+from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
 from worker.transport.clients import Clients, jittered, translated
-from worker.transport.objects import ObjectTooLarge, StoredObject, StoreRefused, make_uri, parse_uri
+from worker.transport.objects import StoredObject, make_uri, parse_uri
 from worker.transport.tree import download_tree
 
-__all__ = ["ObjectTooLarge", "S3Store", "Store", "StoreRefused", "StoredObject", "make_uri", "parse_uri"]
+__all__ = ["S3Store", "Store", "StoredObject", "make_uri", "parse_uri"]
 
 _CHUNK_BYTES = 1 << 20
 _CONFLICT_ATTEMPTS = 6
@@ -27,12 +27,17 @@ class Store(Protocol):
     """
 
     async def put_if_absent(
-        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+        self,
+        uri: str,
+        body: bytes,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
         """Store `body`, unless there is an object at `uri`: of many who try, one succeeds.
 
         Raises ObjectExists. The object found may be this very call's own: an answer lost in the network is
-        followed by a retry, which finds what the first try stored.
+        followed by a retry, which finds what the first try stored. `metadata` (ASCII, names in lower
+        case) is kept with the object.
         """
 
     async def put(
@@ -57,10 +62,15 @@ class Store(Protocol):
         """
 
     async def download_tree(
-        self, uri: str, directory: Path, on_bytes: Callable[[int], None] | None = None
+        self,
+        uri: str,
+        directory: Path,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+        without: Collection[str] = (),
     ) -> bool:
         """Make `directory` a copy of everything under the folder `uri`; see `tree.download_tree`."""
-        return await download_tree(self, uri, directory, on_bytes)
+        return await download_tree(self, uri, directory, on_bytes=on_bytes, without=without)
 
 
 class S3Store(Store):
@@ -73,13 +83,18 @@ class S3Store(Store):
         self._sleep = sleep
 
     async def put_if_absent(
-        self, uri: str, body: bytes, content_type: str = "application/octet-stream"
+        self,
+        uri: str,
+        body: bytes,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
+        options = {"IfNoneMatch": "*", "Metadata": dict(metadata or {})}
         for attempt in range(_CONFLICT_ATTEMPTS):
             if attempt:
                 await self._sleep(jittered(0.1 * 2**attempt))
             try:
-                return await self._put(uri, body, content_type, {"IfNoneMatch": "*"})
+                return await self._put(uri, body, content_type, options)
             except _Conflict:
                 continue
         raise StoreUnavailable(f"{uri}: another conditional PUT was under way {_CONFLICT_ATTEMPTS} times")
@@ -94,7 +109,7 @@ class S3Store(Store):
             answer = await self._get(uri, {})
             body = answer["Body"]
             async with body:  # `as` would give the raw response, which checks nothing
-                stored = _stored(uri, answer["ETag"], answer["ContentLength"])
+                stored = _stored(uri, answer["ETag"], answer["ContentLength"], answer["Metadata"])
                 if max_bytes is not None and stored.size > max_bytes:
                     raise ObjectTooLarge(uri, stored.size, max_bytes)
                 return await body.read(), stored
@@ -106,7 +121,7 @@ class S3Store(Store):
                 answer = await self._clients.objects.head_object(Bucket=bucket, Key=key)
         except ObjectNotFound:
             return None
-        return _stored(uri, answer["ETag"], answer["ContentLength"])
+        return _stored(uri, answer["ETag"], answer["ContentLength"], answer["Metadata"])
 
     async def list(self, uri: str) -> AsyncGenerator[StoredObject, None]:
         bucket, prefix = parse_uri(uri)
@@ -136,7 +151,7 @@ class S3Store(Store):
         )
 
     async def _put(
-        self, uri: str, body: bytes, content_type: str, options: Mapping[str, str]
+        self, uri: str, body: bytes, content_type: str, options: Mapping[str, Any]
     ) -> StoredObject:
         bucket, key = parse_uri(uri)
         # Made here and not by the SDK, which would send it as a trailer that not every server understands.
@@ -170,5 +185,5 @@ def _errors(uri: str, known: Mapping[str, Exception] | None = None) -> AbstractC
     )
 
 
-def _stored(uri: str, etag: str, size: int) -> StoredObject:
-    return StoredObject(uri, etag.strip('"'), size)
+def _stored(uri: str, etag: str, size: int, metadata: Mapping[str, str] | None = None) -> StoredObject:
+    return StoredObject(uri, etag.strip('"'), size, dict(metadata or {}))

@@ -6,13 +6,13 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from worker.errors import ObjectNotFound, StoreUnavailable
-from worker.transport.objects import StoredObject, StoreRefused, parse_uri
+from worker.errors import ObjectNotFound, StoreRefused, StoreUnavailable
+from worker.transport.objects import StoredObject, parse_uri
 
 MARKER = ".loramill-listing"
 """File inside a copied folder that holds the digest of the listing it was made from."""
@@ -32,9 +32,16 @@ class Source(Protocol):
 
 
 async def download_tree(
-    source: Source, uri: str, directory: Path, on_bytes: Callable[[int], None] | None = None
+    source: Source,
+    uri: str,
+    directory: Path,
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+    without: Collection[str] = (),
 ) -> bool:
     """Make `directory` a copy of everything under the folder `uri`; True if anything had to be fetched.
+
+    `without` names folders directly below `uri` that are left out.
 
     Nothing is fetched when the directory is a copy of the very same listing (names, etags, sizes). The
     files arrive in a folder beside it, are checked and synced to disk, and one rename makes them appear. A
@@ -44,7 +51,7 @@ async def download_tree(
     fetched again. Raises ObjectNotFound when nothing lies under `uri`, StoreRefused for keys that are no
     safe file names, StoreUnavailable when fetching failed or the objects changed meanwhile, and OSError.
     """
-    files = await _listing(source, uri)
+    files = await _listing(source, uri, without)
     digest = _digest(files)
     if not await asyncio.to_thread(_needs_copy, directory, digest):
         return False
@@ -55,12 +62,16 @@ async def download_tree(
     return True
 
 
-async def _listing(source: Source, uri: str) -> dict[str, StoredObject]:
+async def _listing(source: Source, uri: str, without: Collection[str]) -> dict[str, StoredObject]:
     prefix = uri.rstrip("/") + "/"
     parse_uri(prefix)
     # Consoles make empty objects named like a folder; they are not files.
     files = {stored.uri[len(prefix) :]: stored async for stored in source.list(prefix)}
-    files = {name: stored for name, stored in files.items() if name and not name.endswith("/")}
+    files = {
+        name: stored
+        for name, stored in files.items()
+        if name and not name.endswith("/") and name.partition("/")[0] not in without
+    }
     if not files:
         raise ObjectNotFound(prefix)
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}

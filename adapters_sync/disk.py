@@ -1,0 +1,124 @@
+"""What is on the volume: the lock, leftovers, what is served, and how much room there is. Blocking."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from adapters_sync.errors import MirrorLocked, NoRoom
+from adapters_sync.inventory import Limits
+from adapters_sync.layout import MirrorPaths
+from adapters_sync.manifests import PublishedManifest
+from adapters_sync.names import is_adapter_name
+from adapters_sync.publish import FLIP_SUFFIX
+from adapters_sync.state import MirrorState
+
+
+class OnDisk(msgspec.Struct, frozen=True):
+    """What has an adapter's name on disk."""
+
+    version: str | None
+    """None when it is not a link of ours."""
+    manifest: PublishedManifest | None
+    """None when the version is not whole."""
+
+
+@contextmanager
+def exclusive(lock_file: Path) -> Iterator[None]:
+    """Hold the mirror's lock, or raise MirrorLocked at once. The kernel frees it when the process dies."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MirrorLocked(f"another syncer holds {lock_file}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def tidy(paths: MirrorPaths) -> None:
+    """Remove what an earlier run left half done. Only the holder of the lock may."""
+    paths.adapters_dir.mkdir(parents=True, exist_ok=True)
+    if paths.staging.exists():
+        for entry in list(paths.staging.iterdir()):
+            _remove(entry)
+    for entry in list(paths.adapters_dir.iterdir()):
+        if entry.name.startswith(".") and entry.name.endswith(FLIP_SUFFIX) and entry.is_symlink():
+            entry.unlink()
+
+
+def look(paths: MirrorPaths, known: Mapping[str, OnDisk]) -> dict[str, OnDisk]:
+    """What has an adapter's name, by name.
+
+    A version that is in `known` is only asked whether it is still there; a new one has its sizes checked.
+    """
+    found = {}
+    for entry in os.scandir(paths.adapters_dir):
+        if not is_adapter_name(entry.name):
+            continue
+        version = paths.linked_version(entry.name)
+        before = known.get(entry.name)
+        if version is None:
+            found[entry.name] = OnDisk(None, None)
+        elif before and before.version == version and paths.manifest(entry.name, version).exists():
+            found[entry.name] = before
+        else:
+            found[entry.name] = OnDisk(version, load(paths, entry.name, version))
+    return found
+
+
+def load(paths: MirrorPaths, name: str, version: str) -> PublishedManifest | None:
+    """The manifest of a version whose files are all there in the right size; else None."""
+    folder = paths.version_dir(name, version)
+    try:
+        manifest = msgspec.json.decode(paths.manifest(name, version).read_bytes(), type=PublishedManifest)
+        if (manifest.name, manifest.version) != (name, version):
+            return None
+        if any((folder / file.name).lstat().st_size != file.size for file in manifest.files):
+            return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return manifest
+
+
+def check_room(paths: MirrorPaths, needed_bytes: int, promised_bytes: int, limits: Limits) -> None:
+    """Raise NoRoom when `needed_bytes` more, besides `promised_bytes` under way, would pass a cap.
+
+    The figures of the volume stay out of the message: they change all the time, and with them the state
+    file would.
+    """
+    more = needed_bytes + promised_bytes
+    if shutil.disk_usage(paths.adapters_dir).free - more < limits.free_bytes:
+        raise NoRoom(f"no room for {needed_bytes} bytes: {limits.free_bytes} must stay free on the volume")
+    if limits.disk_bytes is not None and _used_bytes(paths) + more > limits.disk_bytes:
+        raise NoRoom(f"no room for {needed_bytes} bytes: all versions together may take {limits.disk_bytes}")
+
+
+def _used_bytes(paths: MirrorPaths) -> int:
+    """The size of all files of all versions, each counted once however many links it has."""
+    sizes = {}
+    for folder, _, names in os.walk(paths.versions):
+        for name in names:
+            status = Path(folder, name).lstat()
+            sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
+def write_state(state_file: Path, state: MirrorState) -> None:
+    """Replace the state file, in one step for every reader. Nothing is decided by it, so no fsync."""
+    fresh = state_file.with_name(state_file.name + ".new")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+    fresh.replace(state_file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,169 @@
+"""The on-disk contract between the mirror, which writes it, and the worker, which reads it.
+
+    <root>/<model_id>/adapters/<name>               relative symlink to ../.versions/<name>/<version>
+    <root>/<model_id>/.versions/<name>/<version>/   never changes once published; holds manifest.json
+    <root>/<model_id>/.staging/                     work in progress; emptied when a pass begins
+    <root>/<model_id>/.state.json                   what the mirror thinks of every adapter
+    <root>/<model_id>/.lock                         held by the syncer at work
+
+A plain folder of adapters, without links, is read too; the digest of its files is then the version.
+
+A reader resolves a name once and keeps the AdapterFolder: the link may move on at any time, the folder it
+led to stays for the mirror's grace time. A version is always 64 hexadecimal digits: nobody types it, and a
+whole sha256 leaves nothing to argue about collisions.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import time
+from pathlib import Path
+
+import msgspec
+
+from adapters_sync.errors import InvalidAdapter
+from adapters_sync.folder import AdapterSummary, carried_files, check_folder
+from adapters_sync.names import CONFIG_FILE, PUBLISHED_MANIFEST, is_adapter_name
+from adapters_sync.state import AdapterState, AdapterStatus, MirrorState, read_state
+
+__all__ = [
+    "AdapterFolder",
+    "AdapterState",
+    "AdapterStatus",
+    "AdapterSummary",
+    "InvalidAdapter",
+    "MirrorPaths",
+    "MirrorState",
+    "check_folder",
+    "is_adapter_name",
+    "is_version",
+    "read_state",
+    "resolve",
+    "scan",
+]
+
+_VERSION = re.compile(r"[0-9a-f]{64}")
+_SETTLED_NS = 2_000_000_000
+_CHUNK_BYTES = 1 << 20
+
+
+class MirrorPaths(msgspec.Struct, frozen=True):
+    """Where things are, from the adapters folder. All but the links live beside it, in its parent."""
+
+    adapters_dir: Path
+
+    @property
+    def versions(self) -> Path:
+        return self.adapters_dir.parent / ".versions"
+
+    @property
+    def staging(self) -> Path:
+        return self.adapters_dir.parent / ".staging"
+
+    @property
+    def state_file(self) -> Path:
+        return self.adapters_dir.parent / ".state.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.adapters_dir.parent / ".lock"
+
+    def link(self, name: str) -> Path:
+        return self.adapters_dir / name
+
+    def version_dir(self, name: str, version: str) -> Path:
+        return self.versions / name / version
+
+    def manifest(self, name: str, version: str) -> Path:
+        return self.version_dir(name, version) / PUBLISHED_MANIFEST
+
+    def link_target(self, name: str, version: str) -> str:
+        """What the link of an adapter says: relative, so that the volume can be mounted anywhere."""
+        return f"../.versions/{name}/{version}"
+
+    def linked_version(self, name: str) -> str | None:
+        """The version that the link of this name points to; None when there is no such link of ours."""
+        try:
+            target = self.link(name).readlink().as_posix()
+        except OSError:
+            return None
+        version = target.rpartition("/")[2]
+        return version if is_version(version) and target == self.link_target(name, version) else None
+
+
+class AdapterFolder(msgspec.Struct, frozen=True):
+    """One version of one adapter on disk."""
+
+    name: str
+    version: str
+    path: Path
+    """The version's own folder, links resolved. Below `.versions` its content never changes."""
+
+
+def is_version(text: str) -> bool:
+    """True for 64 lower-case hexadecimal digits."""
+    return _VERSION.fullmatch(text) is not None
+
+
+def resolve(adapters_dir: Path, name: str) -> AdapterFolder | None:
+    """The adapter of this name as it is now, or None when there is none.
+
+    One readlink, so that whoever keeps the answer reads one version. None for a name against the rules, for
+    a folder without adapter_config.json, and for a link that leads anywhere but to a version of this name.
+    The version of a plain folder is the sha256 over the sorted (relative path, sha256) of its files; file
+    digests are remembered, so asking again costs a stat per file. Blocking; safe from any thread.
+    """
+    if not is_adapter_name(name):
+        return None
+    paths = MirrorPaths(Path(os.path.realpath(adapters_dir)))
+    version = paths.linked_version(name)
+    if version is not None:
+        path = paths.version_dir(name, version)
+        return AdapterFolder(name, version, path) if (path / CONFIG_FILE).is_file() else None
+    path = paths.link(name)
+    if path.is_symlink() or not (path / CONFIG_FILE).is_file():
+        return None
+    try:
+        return AdapterFolder(name, _content_version(path), path)
+    except OSError:
+        return None  # removed or replaced while it was read
+
+
+def scan(adapters_dir: Path) -> list[AdapterFolder]:
+    """Every adapter in the folder, sorted by name; empty when there is no such folder. Blocking."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(adapters_dir))
+    except FileNotFoundError:
+        return []
+    return [folder for name in names if (folder := resolve(adapters_dir, name)) is not None]
+
+
+def _content_version(path: Path) -> str:
+    lines = [
+        [name, _file_digest(path / name, status.st_size, status.st_mtime_ns, status.st_ino)]
+        for name, status in carried_files(path).items()
+    ]
+    return hashlib.sha256(msgspec.json.encode(lines)).hexdigest()
+
+
+def _file_digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    # A file written to a moment ago may change again without its time stamp moving (a file system's clock
+    # ticks in milliseconds), so its digest is not worth remembering yet.
+    if abs(time.time_ns() - mtime_ns) < _SETTLED_NS:
+        return _hash(path)
+    return _remembered_digest(path, size, mtime_ns, inode)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _remembered_digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    del size, mtime_ns, inode  # they are the key
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

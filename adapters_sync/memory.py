@@ -1,0 +1,61 @@
+"""What one pass remembers for the next. It starts empty: all that must survive a restart is on the disk."""
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from adapters_sync.complete import Quiet
+from adapters_sync.inventory import RemoteAdapter
+
+
+class _Sighting(msgspec.Struct):
+    adapter: RemoteAdapter
+    since: float
+    polls: int = 0
+
+
+class Memory:
+    """Times are those of a monotonic clock, in seconds."""
+
+    def __init__(self) -> None:
+        self._sightings: dict[str, _Sighting] = {}
+        self._refusals: dict[str, tuple[RemoteAdapter, str]] = {}
+        self._absences: dict[str, int] = {}
+
+    @property
+    def absences(self) -> Mapping[str, int]:
+        """For every linked adapter that the last listing lacked: how many in a row did."""
+        return self._absences
+
+    def note_listing(
+        self, inventory: Mapping[str, RemoteAdapter], linked: Collection[str], now: float
+    ) -> None:
+        """Take in a complete listing, and forget what it no longer holds."""
+        self._absences = {name: self._absences.get(name, 0) + 1 for name in linked if name not in inventory}
+        self._refusals = {name: one for name, one in self._refusals.items() if inventory.get(name) == one[0]}
+        self._sightings = {name: self._seen_again(adapter, now) for name, adapter in inventory.items()}
+
+    def note_failed_listing(self) -> None:
+        """Listings in a row means with no failed one between them."""
+        self._absences = {}
+
+    def quiet(self, name: str, now: float) -> Quiet:
+        """For how long an adapter of the last listing has looked as it does."""
+        sighting = self._sightings[name]
+        return Quiet(now - sighting.since, sighting.polls)
+
+    def refuse(self, adapter: RemoteAdapter, reason: str) -> None:
+        """Remember not to fetch this upload again."""
+        self._refusals[adapter.name] = (adapter, reason)
+
+    def refusal(self, adapter: RemoteAdapter) -> str | None:
+        """Why exactly this upload was refused, if it was."""
+        refused, reason = self._refusals.get(adapter.name, (None, None))
+        return reason if refused == adapter else None
+
+    def _seen_again(self, adapter: RemoteAdapter, now: float) -> _Sighting:
+        sighting = self._sightings.get(adapter.name)
+        if sighting is None or sighting.adapter != adapter:
+            sighting = _Sighting(adapter, since=now)
+        sighting.polls += 1
+        return sighting

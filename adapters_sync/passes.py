@@ -1,0 +1,141 @@
+"""One pass of the mirror: list, look, judge, plan, act. The caller holds the mirror's lock."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+
+from adapters_sync import disk
+from adapters_sync.complete import Complete, Hopeless, Incomplete, judge
+from adapters_sync.disk import OnDisk
+from adapters_sync.errors import InvalidAdapter, ObjectChanged, RemoteUnavailable
+from adapters_sync.inventory import RemoteAdapter, take_inventory
+from adapters_sync.layout import MirrorPaths
+from adapters_sync.memory import Memory
+from adapters_sync.options import Clock, MirrorOptions
+from adapters_sync.plan import Action, Decision, Desired, Local, plan
+from adapters_sync.publish import collect
+from adapters_sync.remote import Remote
+from adapters_sync.report import FailureKind, PassReport, Trouble, status_of
+from adapters_sync.tasks import all_done, in_thread
+from adapters_sync.workshop import Outcome, Workshop
+
+_NOT_ASKED = Incomplete("not looked at")
+
+
+class Passes:
+    """Runs passes over one volume, one at a time, and remembers between them what `plan` needs."""
+
+    def __init__(self, remote: Remote, paths: MirrorPaths, options: MirrorOptions, clock: Clock) -> None:
+        self._remote = remote
+        self._paths = paths
+        self._options = options
+        self._clock = clock
+        self._workshop = Workshop(remote, paths, options.limits, clock.now, options.files_at_once)
+        self._gate = asyncio.Semaphore(options.adapters_at_once)
+        self._memory = Memory()
+        self._on_disk: dict[str, OnDisk] = {}
+
+    async def run(self) -> PassReport:
+        """One pass over every adapter. Raises RemoteUnavailable when the listing failed, and OSError when the
+        volume cannot be used; nothing was deleted then.
+        """
+        await in_thread(disk.tidy, self._paths)
+        inventory = await self._list()
+        self._on_disk = await in_thread(disk.look, self._paths, self._on_disk)
+        linked = {name for name, one in self._on_disk.items() if one.version is not None}
+        self._memory.note_listing(inventory, linked, self._clock.monotonic())
+        self._workshop.forget_all_but(inventory)
+
+        judged = await all_done(self._judge(adapter) for adapter in inventory.values())
+        desired = {one.adapter.name: one for one, _ in judged}
+        troubles = {one.adapter.name: trouble for one, trouble in judged}
+        local = {name: Local(one.version, one.manifest is not None) for name, one in self._on_disk.items()}
+        actions = plan(desired, local, self._memory.absences, allow_empty=self._options.allow_empty)
+        outcomes = await all_done(
+            self._act(action, desired.get(action.name), troubles.get(action.name)) for action in actions
+        )
+        collected = await in_thread(collect, self._paths, self._clock.now(), self._options.grace_seconds)
+        return self._report(actions, desired, outcomes, collected)
+
+    async def _list(self) -> dict[str, RemoteAdapter]:
+        try:
+            return take_inventory(await self._remote.list(), self._options.limits)
+        except RemoteUnavailable:
+            self._memory.note_failed_listing()
+            raise
+
+    async def _judge(self, adapter: RemoteAdapter) -> tuple[Desired, Trouble | None]:
+        """What is known about an upload, asking S3 for its manifest only where that matters."""
+        refused = self._memory.refusal(adapter)
+        served = self._on_disk.get(adapter.name)
+        is_served = served is not None and served.manifest is not None and served.version == adapter.version
+        if is_served or adapter.fault is not None or refused is not None:
+            return Desired(adapter, _NOT_ASKED, refused), None
+        try:
+            manifest = await self._workshop.upload_manifest(adapter)
+        except InvalidAdapter as error:
+            return Desired(adapter, Hopeless(error.reason)), None
+        except ObjectChanged as error:
+            return Desired(adapter, Incomplete(str(error))), Trouble(FailureKind.CHANGED, str(error))
+        except RemoteUnavailable as error:
+            return Desired(adapter, Incomplete(str(error))), Trouble(FailureKind.FETCH, str(error))
+        quiet = self._memory.quiet(adapter.name, self._clock.monotonic())
+        return Desired(adapter, judge(adapter, manifest, quiet, self._options.settle_seconds)), None
+
+    async def _act(self, action: Action, desired: Desired | None, trouble: Trouble | None) -> Outcome:
+        if action.decision is Decision.DELETE:
+            return await self._delete(action.name)
+        if action.decision is Decision.PUBLISH:
+            assert desired is not None
+            return await self._publish(desired)
+        return Outcome(trouble=trouble)
+
+    async def _delete(self, name: str) -> Outcome:
+        outcome = await self._workshop.delete(name)
+        if outcome.trouble is None:
+            del self._on_disk[name]
+        return outcome
+
+    async def _publish(self, desired: Desired) -> Outcome:
+        assert isinstance(desired.verdict, Complete)
+        adapter = desired.adapter
+        async with self._gate:
+            outcome = await self._workshop.publish(
+                adapter, desired.verdict.sha256, self._on_disk.get(adapter.name)
+            )
+        if outcome.on_disk is not None:
+            self._on_disk[adapter.name] = outcome.on_disk
+        if outcome.trouble is not None and outcome.trouble.kind is FailureKind.INVALID:
+            self._memory.refuse(adapter, outcome.trouble.reason)
+        return outcome
+
+    def _report(
+        self, actions: list[Action], desired: Mapping[str, Desired], outcomes: list[Outcome], collected: int
+    ) -> PassReport:
+        statuses, published, deleted = [], [], []
+        for action, outcome in zip(actions, outcomes, strict=True):
+            on_disk = self._on_disk.get(action.name)
+            if outcome.on_disk is not None:
+                published.append(f"{action.name}@{outcome.on_disk.version}")
+            if action.decision is Decision.DELETE and on_disk is None:
+                deleted.append(action.name)
+            else:
+                statuses.append(status_of(action, desired.get(action.name), on_disk, outcome.trouble))
+        return PassReport(
+            ok=True,
+            finished_at=self._clock.now(),
+            adapters=tuple(statuses),
+            published=tuple(published),
+            deleted=tuple(deleted),
+            collected=collected,
+            fetched_bytes=sum(outcome.fetched_bytes for outcome in outcomes),
+            failures=Counter(one.trouble.kind for one in outcomes if one.trouble is not None),
+            unsettled=any(_waits_for_time(action, desired.get(action.name)) for action in actions),
+        )
+
+
+def _waits_for_time(action: Action, desired: Desired | None) -> bool:
+    """True when a later pass would do more even if nothing changes."""
+    if action.decision is Decision.WAIT and desired is not None:
+        return isinstance(desired.verdict, Incomplete) and desired.verdict.settling
+    return action.decision is Decision.MISS

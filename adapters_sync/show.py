@@ -1,0 +1,55 @@
+"""How results and progress look on a terminal, and elsewhere."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from adapters_sync.report import PassReport
+from adapters_sync.state import AdapterStatus
+
+
+def report_lines(report: PassReport) -> list[str]:
+    """One line for each adapter and one for all."""
+    counts = ", ".join(
+        f"{count} {what}"
+        for what, count in (
+            ("adapters", len(report.adapters)),
+            ("published", len(report.published)),
+            ("deleted", len(report.deleted)),
+            ("bytes fetched", report.fetched_bytes),
+        )
+    )
+    return [*map(_line, report.adapters), counts]
+
+
+def _line(adapter: AdapterStatus) -> str:
+    version = adapter.version[:12] if adapter.version else "-"
+    name = adapter.name.encode("unicode_escape").decode()
+    reason = f"  {adapter.reason}" if adapter.reason else ""
+    return f"{adapter.state:<8} {version:<12}  {name}{reason}"
+
+
+@contextmanager
+def showing_progress(sizes: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
+    """Show an upload on stderr: a bar on a terminal, a line for each finished file elsewhere.
+
+    Yields what is to be told a path and how many more of its bytes were sent.
+    """
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("uploading", total=sum(sizes.values()))
+            yield lambda path, count: bar.advance(task, count)
+    else:
+        left = dict(sizes)
+        yield lambda path, count: _plain_line(left, path, count, len(sizes))
+
+
+def _plain_line(left: dict[str, int], path: str, count: int, files: int) -> None:
+    left[path] -= count
+    if left[path] <= 0:
+        del left[path]
+        sys.stderr.write(f"uploaded {path} ({files - len(left)} of {files})\n")

@@ -1,0 +1,118 @@
+"""A kill between any two steps: whatever is on the disk then, readers see whole versions and a fresh start
+ends where an undisturbed one would have.
+"""
+
+import os
+import shutil
+
+import pytest
+
+from adapters_sync.layout import check_folder, scan
+from tests.sync.builders import WEIGHTS, weights
+
+STEPS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "link", "fsync", "utime", "fchmod")
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing but a `finally` sees it; ours do nothing to the disk."""
+
+
+class Guillotine:
+    """Raises in place of the n-th step, and of all later ones: a dead process does nothing more."""
+
+    def __init__(self, monkeypatch, step):
+        self.left = step
+        self.fell_on = None
+        for name in STEPS:
+            monkeypatch.setattr(os, name, self.guard(name, getattr(os, name)))
+
+    def guard(self, name, real):
+        def guarded(*args, **kwargs):
+            if self.left == 0:
+                self.fell_on = self.fell_on or name
+                raise Killed(name)
+            self.left -= 1
+            return real(*args, **kwargs)
+
+        return guarded
+
+
+def contents(world):
+    """What readers see now; every one of them a whole version."""
+    found = {}
+    for folder in scan(world.adapters_dir):
+        check_folder(folder.path)
+        found[folder.name] = (folder.path / WEIGHTS).read_bytes()[-1]
+    return found
+
+
+def prepare(world):
+    world.bucket.put_adapter("kept", fill=1)
+    world.bucket.put_adapter("changed", fill=1)
+    world.bucket.put_adapter("removed", fill=1)
+    world.sync()
+    world.time += 10
+
+
+def change(world):
+    world.bucket.put_adapter("changed", fill=2, r=16)
+    world.bucket.put_adapter("new", fill=3)
+    world.bucket.remove_adapter("removed")
+
+
+AFTER = {"kept": 1, "changed": 2, "new": 3}
+
+
+def test_a_kill_between_any_two_steps_is_mended_by_the_next_start(world, monkeypatch):
+    prepare(world)
+    old = {"kept": 1, "changed": 1, "removed": 1}
+    volume = world.adapters_dir.parent
+    pristine = volume.with_name("pristine")
+    volume.rename(pristine)
+    change(world)
+    fell_on = set()
+    for step in range(1000):
+        shutil.rmtree(volume, ignore_errors=True)
+        shutil.copytree(pristine, volume, symlinks=True)
+        with monkeypatch.context() as patch:
+            guillotine = Guillotine(patch, step)
+            try:
+                world.sync(passes=2, grace_seconds=5)
+            except Killed:
+                fell_on.add(guillotine.fell_on)
+        seen = contents(world)
+        assert seen.keys() <= old.keys() | AFTER.keys()
+        assert all(fill in (old.get(name), AFTER.get(name)) for name, fill in seen.items())
+        assert seen.keys() >= {"kept", "changed"}
+        if guillotine.fell_on is None:
+            break
+        assert world.sync(passes=2, grace_seconds=5).ok
+        assert contents(world) == AFTER
+        assert not list(world.paths.staging.iterdir())
+        assert not list(world.adapters_dir.glob(".*"))
+        world.time += 100
+        world.sync(grace_seconds=5)
+        assert len(list(world.paths.versions.glob("*/*"))) == len(AFTER)
+    assert step > 30
+    assert {"rename", "replace", "symlink", "unlink", "fsync", "utime"} <= fell_on
+
+
+@pytest.mark.parametrize("leftover", ["staged folder", "staged file", "flip", "state"])
+def test_leftovers_are_cleared_at_the_start(world, leftover):
+    world.bucket.put_adapter("a")
+    world.paths.adapters_dir.mkdir(parents=True)
+    world.paths.staging.mkdir()
+    match leftover:
+        case "staged folder":
+            (world.paths.staging / "a").mkdir()
+            (world.paths.staging / "a" / WEIGHTS).write_bytes(b"half")
+        case "staged file":
+            (world.paths.staging / "x").write_bytes(b"half")
+        case "flip":
+            (world.adapters_dir / ".a.flip").symlink_to("../.versions/a/x")
+        case "state":
+            world.paths.state_file.write_bytes(b"{half")
+    assert world.sync().ok
+    assert contents(world) == {"a": weights(1)[-1]}
+    assert not list(world.paths.staging.iterdir())
+    assert not list(world.adapters_dir.glob(".*"))

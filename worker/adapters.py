@@ -1,0 +1,74 @@
+"""Which adapter a name means at this moment."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from adapters_sync.layout import AdapterFolder, AdapterState, MirrorPaths, read_state, resolve
+from worker.errors import AdapterInvalid, AdapterNotFound
+
+_LOOK_EVERY_SECONDS = 0.25
+
+
+class AdapterDirectory:
+    """The adapters folder as rows see it. `folder` None means that LoRA is off.
+
+    A name that is not there is waited for, since its upload may be on the way; rows that ask for the same
+    name wait together. `on_missing` is called once for each such wait: a mirror can look at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        wait_seconds: float,
+        *,
+        on_missing: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._folder = folder
+        self._wait_seconds = wait_seconds
+        self._on_missing = on_missing
+        self._clock = clock
+        self._sleep = sleep
+        self._waits: dict[str, asyncio.Task[AdapterFolder]] = {}
+
+    async def find(self, name: str) -> AdapterFolder:
+        """The current version. Raises AdapterNotFound, or AdapterInvalid with the mirror's reason."""
+        if self._folder is None:
+            raise AdapterNotFound(f"Adapter {name} cannot be used: LoRA is not enabled")
+        found = await asyncio.to_thread(resolve, self._folder, name)
+        if found is not None:
+            return found
+        wait = self._waits.get(name)
+        if wait is None:
+            wait = self._waits[name] = asyncio.create_task(self._wait(name), name=f"wait-for-{name}")
+            wait.add_done_callback(lambda done: self._forget(name, done))
+        return await asyncio.shield(wait)
+
+    async def _wait(self, name: str) -> AdapterFolder:
+        assert self._folder is not None
+        deadline = self._clock() + self._wait_seconds
+        self._on_missing()
+        while self._clock() < deadline:
+            await self._sleep(_LOOK_EVERY_SECONDS)
+            found = await asyncio.to_thread(resolve, self._folder, name)
+            if found is not None:
+                return found
+        reason = await asyncio.to_thread(_reason, self._folder, name)
+        if reason is not None:
+            raise AdapterInvalid(f"Adapter {name} is invalid: {reason}")
+        raise AdapterNotFound(f"Adapter {name} is not registered")
+
+    def _forget(self, name: str, wait: asyncio.Task[AdapterFolder]) -> None:
+        del self._waits[name]
+        if not wait.cancelled():
+            wait.exception()  # every waiter may have been cancelled
+
+
+def _reason(folder: Path, name: str) -> str | None:
+    """Why the mirror refused this adapter, if it did."""
+    state = read_state(MirrorPaths(folder).state_file)
+    status = None if state is None else state.find(name)
+    return status.reason if status is not None and status.state is AdapterState.INVALID else None

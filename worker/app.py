@@ -1,0 +1,300 @@
+"""The worker, wired: what is built from what, and the order in which it all comes up and down."""
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from adapters_sync.inventory import Limits
+from adapters_sync.metrics import SyncMetrics
+from adapters_sync.options import MirrorOptions
+from adapters_sync.reconcile import Mirror, open_mirror
+from worker.adapters import AdapterDirectory
+from worker.bridge import Bridge
+from worker.commit import Committer, Provenance
+from worker.engine.adapter import load_adapter
+from worker.engine.base_model import BaseModel, load_base_model, resolve_device
+from worker.engine.engine import Engine
+from worker.engine.lora_store import LoRAStore
+from worker.engine.model_runner import ModelRunner
+from worker.errors import SettingsError
+from worker.http.server import serving
+from worker.intake import Intake
+from worker.metrics import Metrics
+from worker.model_source import fetch_weights, remote_properties
+from worker.rows import RowRunner
+from worker.runner import JobLimits, Runner
+from worker.settings import Settings, notes
+from worker.stats import Exporter
+from worker.transport.clients import Clients
+from worker.transport.lease import LeaseKeeper
+from worker.transport.queue import QueueInfo, SqsQueue
+from worker.transport.store import S3Store
+
+logger = logging.getLogger(__name__)
+
+_EXPORT_SECONDS = 1.0
+
+
+class Core(NamedTuple):
+    """The part with torch in it."""
+
+    base: BaseModel
+    engine: Engine
+    store: LoRAStore
+
+
+async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
+    """Serve until SIGTERM or SIGINT, or until idle for `exit_when_idle_seconds`, then drain.
+
+    `reread` gives the settings anew with the text of the serving.properties that was found beside a model
+    in S3. Raises LoramillError when the worker cannot start, or broke: its leases are given back first.
+    """
+    signals = _Signals()
+    async with AsyncExitStack() as stack:
+        clients = await stack.enter_async_context(Clients())
+        objects = S3Store(clients)
+        properties = await remote_properties(settings, objects)
+        if properties is not None:
+            settings = reread(properties)
+        for note in notes(settings, properties):
+            logger.warning(note)
+
+        registry = CollectorRegistry()
+        metrics = Metrics(registry)
+        exporter = Exporter(metrics)
+        not_ready: list[str] = ["loading the model"]
+        port = await stack.enter_async_context(
+            serving(
+                settings.http_host,
+                settings.http_port,
+                registry,
+                lambda: "draining" if signals.stop.is_set() else next(iter(not_ready), None),
+                token=settings.http_token,
+            )
+        )
+        logger.info("listening", extra={"host": settings.http_host, "port": port})
+
+        assert settings.queue_url is not None
+        queue = SqsQueue(clients, settings.queue_url, visibility_seconds=settings.visibility_timeout_seconds)
+        info = await queue.describe()
+        _warn_about(info, settings)
+        owned = await stack.enter_async_context(_owned_tasks())
+        mirror = await stack.enter_async_context(_mirror(settings))
+        if mirror is not None:
+            owned.add(
+                asyncio.create_task(mirror.run(signals.stop, SyncMetrics(registry).observe), name="mirror")
+            )
+        weights = await fetch_weights(settings, objects, _logging_bytes())
+        core = await asyncio.to_thread(build_core, settings, weights)
+        if signals.stop.is_set():
+            return
+
+        keeper = await stack.enter_async_context(LeaseKeeper(queue, settings.visibility_timeout_seconds))
+        bridge = await stack.enter_async_context(Bridge(core.engine, core.store, exporter.step))
+        adapters = AdapterDirectory(
+            settings.adapters_path if settings.lora_enabled else None,
+            settings.adapter_wait_seconds,
+            on_missing=mirror.wake if mirror is not None else lambda: None,
+        )
+        rows = RowRunner(bridge, core.base.tokenizer, adapters, max_at_once=settings.in_flight_rows)
+        runner = Runner(_limits(settings, info), rows, Committer(objects, _provenance(settings)), metrics)
+        intake = Intake(
+            queue,
+            keeper,
+            runner,
+            metrics,
+            rows_in_flight=lambda: rows.in_flight,
+            max_rows=settings.in_flight_rows,
+        )
+        idleness = _watch_idleness(intake, settings.exit_when_idle_seconds, signals.stop)
+        owned |= {
+            asyncio.create_task(bridge.wait(), name="engine"),
+            asyncio.create_task(keeper.wait(), name="leases"),
+            asyncio.create_task(_export(exporter, metrics, keeper, core.store, rows), name="export"),
+            asyncio.create_task(idleness, name="idleness"),
+        }
+        not_ready.clear()
+        metrics.ready.set_function(lambda: 0 if signals.stop.is_set() else 1)
+        logger.info("ready", extra={"queue": settings.queue_url})
+        await _serve(intake, owned, signals, settings.drain_timeout_seconds)
+
+
+def build_core(settings: Settings, weights: str) -> Core:
+    """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
+    device = resolve_device(settings.device)
+    base = load_base_model(
+        weights,
+        device=device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    runner = ModelRunner(base, max_num_seqs=settings.max_num_seqs)
+    dtype = base.dtype if settings.lora_dtype == "auto" else getattr(torch, settings.lora_dtype)
+    store = LoRAStore(
+        partial(load_adapter, targets=runner.targets, max_lora_rank=settings.max_lora_rank, dtype=dtype),
+        settings.cpu_loras,
+    )
+    engine = Engine(
+        runner,
+        base.tokenizer,
+        store.weights,
+        eos_token_ids=base.eos_token_ids,
+        max_model_len=base.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+    )
+    logger.info(
+        "model loaded",
+        extra={
+            "device": str(device),
+            "dtype": str(base.dtype),
+            "max_model_len": base.max_model_len,
+            "cache_bytes": runner.cache_bytes,
+        },
+    )
+    return Core(base, engine, store)
+
+
+async def _serve(
+    intake: Intake, owned: set[asyncio.Task[None]], signals: "_Signals", drain_timeout_seconds: float
+) -> None:
+    """Take messages until told to stop, or until something that must live has died; then drain.
+
+    Raises what it died of.
+    """
+    polling = asyncio.create_task(intake.run(signals.stop), name="intake")
+    stopping = asyncio.create_task(signals.stop.wait(), name="stop")
+    hurrying = asyncio.create_task(signals.hurry.wait(), name="hurry")
+    try:
+        ended, _ = await asyncio.wait({polling, stopping, *owned}, return_when=asyncio.FIRST_COMPLETED)
+        broken = [task for task in ended if task.exception() is not None]
+        signals.stop.set()
+        logger.info("draining", extra={"timeout_seconds": drain_timeout_seconds})
+        drained = await intake.drain(0 if broken else drain_timeout_seconds, signals.hurry)
+        # The poll under way may still bring messages, which go back at once.
+        await asyncio.wait({polling, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        logger.info("stopped", extra={"drained": drained})
+        for task in broken:
+            task.result()
+        if polling.done():
+            polling.result()
+    finally:
+        for task in (polling, stopping, hurrying):
+            task.cancel()
+        await asyncio.gather(polling, stopping, hurrying, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _owned_tasks() -> AsyncIterator[set[asyncio.Task[None]]]:
+    """Tasks that must live as long as the worker; they end with the block."""
+    tasks: set[asyncio.Task[None]] = set()
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Signals:
+    """The first SIGTERM or SIGINT means stop, the second means at once."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+@asynccontextmanager
+async def _mirror(settings: Settings) -> AsyncIterator[Mirror | None]:
+    """The mirror inside the worker, if settings ask for it."""
+    if not settings.sync:
+        yield None
+        return
+    if settings.mirror_uri is None or settings.adapters_path is None:
+        raise SettingsError(["adapters_uri: sync is on and there is nothing to mirror; give --adapters-uri"])
+    options = MirrorOptions(
+        interval_seconds=settings.sync_interval_seconds,
+        settle_seconds=settings.settle_seconds,
+        limits=Limits(rank=settings.max_lora_rank),
+    )
+    async with open_mirror(settings.mirror_uri, settings.adapters_path, options) as mirror:
+        yield mirror
+
+
+def _warn_about(info: QueueInfo, settings: Settings) -> None:
+    """Say at the start what about the queue will hurt later."""
+    if info.max_receive_count is None:
+        logger.warning("the queue has no redrive policy: a message that always fails comes back for ever")
+    elif settings.dead_letter == "store" and settings.dead_letter_prefix is None:
+        logger.warning("dead_letter is store, and there is no place to store: set dead_letter_uri")
+
+
+def _limits(settings: Settings, info: QueueInfo) -> JobLimits:
+    return JobLimits(
+        output_prefixes=settings.output_prefixes,
+        max_rows_per_job=settings.max_rows_per_job,
+        dead_letter_prefix=settings.dead_letter_prefix if settings.dead_letter == "store" else None,
+        max_receive_count=info.max_receive_count,
+    )
+
+
+def _provenance(settings: Settings) -> Provenance:
+    return Provenance(
+        worker=f"{socket.gethostname()}-{os.getpid()}",
+        base_model=str(settings.model),
+        software_version=f"loramill {importlib.metadata.version('loramill')}",
+    )
+
+
+def _logging_bytes() -> Callable[[int], None]:
+    """Progress of a download, a line every 256 MiB."""
+    step = 256 << 20
+    fetched = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal fetched
+        before, fetched = fetched // step, fetched + count
+        if fetched // step > before:
+            logger.info("downloading the model", extra={"bytes": fetched})
+
+    return on_bytes
+
+
+async def _export(
+    exporter: Exporter, metrics: Metrics, keeper: LeaseKeeper, store: LoRAStore, rows: RowRunner
+) -> None:
+    """Bring the metrics up to date, for ever."""
+    while True:
+        exporter.leases(keeper.stats, keeper.lag)
+        exporter.store(store.stats())
+        metrics.rows_in_flight.set(rows.in_flight)
+        await asyncio.sleep(_EXPORT_SECONDS)
+
+
+async def _watch_idleness(intake: Intake, seconds: float | None, stop: asyncio.Event) -> None:
+    """Set `stop` once the queue has been empty for `seconds`; never, when that is None."""
+    if seconds is None:
+        await stop.wait()
+        return
+    while (left := seconds - intake.idle_seconds) > 0:  # noqa: ASYNC110 (what is waited for is time)
+        await asyncio.sleep(min(1.0, left))
+    logger.info("idle", extra={"seconds": seconds})
+    stop.set()

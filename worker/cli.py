@@ -1,0 +1,196 @@
+"""The `loramill` command. Heavy imports wait until a command needs them."""
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from adapters_sync import cli as sync_cli
+from adapters_sync import logs
+from adapters_sync.errors import SyncError
+from adapters_sync.settings import describe
+from worker.errors import InvalidMessage, LoramillError, SettingsError
+from worker.model_source import local_properties
+from worker.options import with_settings
+from worker.settings import KNOWN_NAMES, Settings, read_settings
+
+FAILED, MISUSED = 1, 2
+
+app = typer.Typer(
+    name="loramill",
+    help="Batch inference for LLMs with many LoRA adapters on one base model: SQS in, S3 out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+_INFOS = describe(Settings)
+_ENQUEUE = [info for info in _INFOS if info.name in {"queue_url", "output_prefixes"}]
+
+
+@app.command()
+@with_settings(_INFOS)
+def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
+    """Take jobs from the queue, run them, and commit their results to S3, until told to stop."""
+    with _readable_errors(debug):
+        environ = dict(os.environ)
+        settings = read_settings(environ=environ, flags=flags)
+        properties = local_properties(settings)
+        if properties is not None:
+            settings = read_settings(environ=environ, flags=flags, properties=properties)
+        missing = settings.require("model", "queue_url", "output_prefixes")
+        if missing:
+            raise SettingsError(missing)
+        logs.configure(settings.log_format)
+        from worker.app import run_worker  # noqa: PLC0415 (torch)
+
+        asyncio.run(
+            run_worker(settings, lambda text: read_settings(environ=environ, flags=flags, properties=text))
+        )
+
+
+@app.command()
+@with_settings(_ENQUEUE)
+def enqueue(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One row each.")] = None,
+    *,
+    flags: dict[str, Any],
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help='JSON lines, a row each: {"input": ..., "adapter": ..., "parameters": {...}}. "-" is stdin.',
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME",
+            help='One for all rows, or given once for each row; "" is the base model.',
+        ),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=JSON", help="For all rows: -p max_new_tokens=64"),
+    ] = None,
+    job_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="The idempotency key. Default: a new one.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", metavar="URI", help="Default: the first of OUTPUT_PREFIXES, else the worker's."
+        ),
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", metavar="SECONDS", help="Wait so long for the results, and print them."),
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Put a job on the queue and print its id; with --wait, print its result lines too."""
+    with _readable_errors(debug):
+        settings = read_settings(environ=dict(os.environ), flags=flags)
+        missing = settings.require("queue_url")
+        if missing:
+            raise SettingsError(missing)
+        output = output or next(iter(settings.output_prefixes), None)
+        if wait is not None and output is None:
+            raise SettingsError(
+                ["--wait: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
+            )
+        from worker.client import build_job, send_job, wait_for_results  # noqa: PLC0415 (the AWS SDK)
+
+        job_id = job_id or uuid.uuid4().hex
+        body = build_job(_rows(prompts, file), adapter, _parameters(parameter), job_id, output)
+        asyncio.run(send_job(str(settings.queue_url), body))
+        typer.echo(job_id)
+        if wait is not None and output is not None:
+            for line in asyncio.run(wait_for_results(output, job_id, wait)):
+                typer.echo(line)
+
+
+@app.command()
+def demo(
+    *,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave it running, and say how to talk to it.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """All of it on this machine: queue, store, model, three adapters, a mixed batch, its results."""
+    with _readable_errors(debug):
+        from worker.demo.run import run_demo  # noqa: PLC0415 (moto)
+
+        run_demo(keep=keep)
+
+
+app.add_typer(sync_cli.build_app(known=KNOWN_NAMES))
+
+
+def main() -> None:
+    """Entry point of the `loramill` command."""
+    app()
+
+
+def _rows(prompts: list[str] | None, file: str | None) -> list[Any]:
+    """The inputs of a job, from arguments or from a file of JSON lines."""
+    if bool(prompts) == bool(file):
+        raise InvalidMessage("give either prompts or --file")
+    if file is None:
+        return list(prompts or ())
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as exc:
+        raise InvalidMessage(f"--file {file}: {exc.strerror}") from exc
+    rows = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(msgspec.json.decode(line))
+            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+                raise InvalidMessage(f"--file {file}, line {number}: {exc}") from exc
+    return rows
+
+
+def _parameters(given: list[str] | None) -> dict[str, Any]:
+    parameters = {}
+    for item in given or ():
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise InvalidMessage(f"--parameter {item!r} is not of the form NAME=JSON")
+        try:
+            parameters[name] = msgspec.json.decode(text)
+        except msgspec.DecodeError as exc:
+            raise InvalidMessage(f"--parameter {name}: {text!r} is not JSON: {exc}") from exc
+    return parameters
+
+
+@contextmanager
+def _readable_errors(debug: bool) -> Iterator[None]:
+    """An error of ours is a line on stderr and an exit code: 2 for misuse, 1 for the rest."""
+    try:
+        yield
+    except (LoramillError, SyncError) as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            typer.echo(f"loramill: {line}", err=True)
+        misuse = isinstance(error, SettingsError | InvalidMessage)
+        raise typer.Exit(MISUSED if misuse else FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

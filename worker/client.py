@@ -1,0 +1,82 @@
+"""The sender's side of the queue: put a job there, wait for its results."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from worker import wire
+from worker.errors import InvalidMessage, LoramillError, ObjectNotFound
+from worker.jobs import Delivery, Output
+from worker.transport.clients import Clients
+from worker.transport.queue import SqsQueue
+from worker.transport.store import S3Store, Store
+
+_LOOK_EVERY_SECONDS = 0.5
+_ANYWHERE = "s3://any/"
+
+
+def build_job(
+    inputs: Sequence[Any],
+    adapters: Sequence[str] | None,
+    parameters: Mapping[str, Any],
+    job_id: str,
+    output: str | None,
+) -> str:
+    """The body of a job message, checked as a worker will check it.
+
+    Raises InvalidMessage for the first thing that a worker would refuse, a single row's mistake included.
+    """
+    scalar = adapters[0] if adapters is not None and len(adapters) == 1 else None
+    body = wire.encode_job(
+        inputs,
+        id=job_id,
+        adapters=scalar if scalar is not None else adapters,
+        parameters=parameters or None,
+        output=None if output is None else Output(output),
+    )
+    job = wire.decode(
+        Delivery(message_id="-", body=body, receipt="-"),
+        output_prefixes=[_folder(output or _ANYWHERE)],
+        max_rows=len(inputs) or 1,
+        now=time.time(),
+    )
+    for row in job.rows:
+        if row.failure is not None:
+            raise InvalidMessage(f"row {row.index}: {row.failure.message}")
+    return body
+
+
+async def send_job(queue_url: str, body: str) -> None:
+    """Put the message on the queue."""
+    async with Clients() as clients:
+        await SqsQueue(clients, queue_url).send(body)
+
+
+async def wait_for_results(output: str, job_id: str, wait_seconds: float) -> list[str]:
+    """The result lines of a job once its manifest is there. Raises LoramillError if it failed, or is late."""
+    async with Clients() as clients:
+        store = S3Store(clients)
+        manifest = await wait_for_manifest(store, output, job_id, wait_seconds)
+        if manifest.error is not None:
+            raise LoramillError(f"job {job_id} failed: {manifest.error.message}")
+        parts = [(await store.get(part.uri))[0] for part in manifest.outputs]
+    return [line for part in parts for line in part.decode().splitlines()]
+
+
+async def wait_for_manifest(store: Store, output: str, job_id: str, wait_seconds: float) -> wire.Manifest:
+    """The manifest of a job, as soon as it is there. Raises LoramillError when it is late."""
+    uri = wire.manifest_uri(Output(_folder(output)), job_id)
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        try:
+            body, _ = await store.get(uri)
+        except ObjectNotFound:
+            await asyncio.sleep(_LOOK_EVERY_SECONDS)
+        else:
+            return wire.decode_manifest(body)
+    raise LoramillError(f"{uri} did not appear within {wait_seconds:g} seconds")
+
+
+def _folder(uri: str) -> str:
+    return uri if uri.endswith("/") else f"{uri}/"

@@ -1,0 +1,142 @@
+"""Takes messages from the queue, as many as the engine can start soon."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from worker.errors import EngineFailed, LeaseLost, QueueUnavailable
+from worker.metrics import Metrics
+from worker.runner import Runner
+from worker.transport.lease import Lease, LeaseKeeper
+from worker.transport.queue import Queue
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 20.0
+_MAX_MESSAGES = 10
+_RETRY_SECONDS = 2.0
+
+
+class Intake:
+    """Polls `queue`, opens a lease for each delivery and runs it as a task of its own.
+
+    No poll begins while as many rows are at work as `max_rows`; the size of a message is known only after
+    it came, so the last one may exceed that.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        keeper: LeaseKeeper,
+        runner: Runner,
+        metrics: Metrics,
+        *,
+        rows_in_flight: Callable[[], int],
+        max_rows: int,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> None:
+        self._queue = queue
+        self._keeper = keeper
+        self._runner = runner
+        self._metrics = metrics
+        self._rows_in_flight = rows_in_flight
+        self._max_rows = max_rows
+        self._poll_seconds = poll_seconds
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._something_ended = asyncio.Event()
+        self._failure: EngineFailed | None = None
+        self.last_busy = time.monotonic()
+        """When a message was last seen or at work."""
+
+    @property
+    def idle_seconds(self) -> float:
+        return 0.0 if self._tasks else time.monotonic() - self.last_busy
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Poll until `stop` is set. Raises EngineFailed when a delivery met it, QueueRefused from the queue.
+
+        A poll under way is never cancelled, since the message it may bring would be hidden from everybody:
+        what it brings after `stop` is given back at once.
+        """
+        while not stop.is_set():
+            if self._failure is not None:
+                raise self._failure
+            if self._rows_in_flight() >= self._max_rows or len(self._tasks) >= self._max_rows:
+                await self._until_something_ends(stop)
+                continue
+            for lease in await self._poll():
+                if stop.is_set():
+                    await _return(lease)
+                else:
+                    self._start(lease)
+            # Let the new tasks decode, so that their rows are counted before the next poll.
+            await asyncio.sleep(0)
+
+    async def drain(self, timeout_seconds: float, hurry: asyncio.Event) -> bool:
+        """Wait for the deliveries at work; after the time-out, or `hurry`, give the rest back.
+
+        Returns whether all of them ended by themselves.
+        """
+        hurried = asyncio.create_task(hurry.wait(), name="hurry")
+        try:
+            deadline = time.monotonic() + timeout_seconds
+            while self._tasks and not hurry.is_set() and time.monotonic() < deadline:
+                await asyncio.wait(
+                    {hurried, *self._tasks},
+                    timeout=max(0.0, deadline - time.monotonic()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            hurried.cancel()
+        left = list(self._tasks)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        return not left
+
+    async def _poll(self) -> list[Lease]:
+        try:
+            deliveries = await self._queue.receive(_MAX_MESSAGES, self._poll_seconds)
+        except QueueUnavailable as exc:
+            logger.warning("the queue cannot be polled: %s", exc)
+            await asyncio.sleep(_RETRY_SECONDS)
+            return []
+        if deliveries:
+            self.last_busy = time.monotonic()
+        self._metrics.received.inc(len(deliveries))
+        return [self._keeper.open(delivery) for delivery in deliveries]
+
+    def _start(self, lease: Lease) -> None:
+        task = asyncio.create_task(self._runner.handle(lease), name=f"handle-{lease.delivery.message_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.last_busy = time.monotonic()
+        self._something_ended.set()
+        if task.cancelled():
+            return
+        failure = task.exception()
+        if isinstance(failure, EngineFailed):
+            self._failure = failure
+        elif failure is not None:
+            logger.error("a delivery ended by an error of ours", exc_info=failure)
+
+    async def _until_something_ends(self, stop: asyncio.Event) -> None:
+        self._something_ended.clear()
+        waits = [asyncio.create_task(event.wait()) for event in (stop, self._something_ended)]
+        try:
+            # Rows end without their message ending, so look now and then as well.
+            await asyncio.wait(waits, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+
+async def _return(lease: Lease) -> None:
+    try:
+        await lease.release()
+    except LeaseLost:
+        logger.info("a lease was lost while it was given back")

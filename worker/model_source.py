@@ -1,0 +1,67 @@
+"""Where the base model's files are, and what `serving.properties` beside them says."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from worker.errors import LoramillError, ModelError, ObjectNotFound
+from worker.settings import Settings
+from worker.transport.store import Store
+
+PROPERTIES = "serving.properties"
+_MAX_PROPERTIES_BYTES = 1 << 20
+_NOT_WEIGHTS = frozenset({"adapters", ".versions", ".staging"})
+"""Folders beside the weights that the mirror takes care of."""
+
+
+def local_properties(settings: Settings) -> str | None:
+    """The text of serving.properties in a local model's folder; None when there is none. Blocking."""
+    if settings.model_dir is None:
+        return None
+    try:
+        return (settings.model_dir / PROPERTIES).read_text(encoding="latin-1")  # as the Java format has it
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise LoramillError(
+            f"model: {settings.model_dir / PROPERTIES} cannot be read: {exc.strerror}"
+        ) from exc
+
+
+async def remote_properties(settings: Settings, store: Store) -> str | None:
+    """The same for a model in S3."""
+    if settings.model_uri is None:
+        return None
+    try:
+        body, _ = await store.get(settings.model_uri + PROPERTIES, max_bytes=_MAX_PROPERTIES_BYTES)
+    except ObjectNotFound:
+        return None
+    return body.decode("latin-1")
+
+
+async def fetch_weights(settings: Settings, store: Store, on_bytes: Callable[[int], None]) -> str:
+    """A folder on this machine with the base model, downloaded if it is in S3; else its hub id.
+
+    Raises ModelError when nothing is there.
+    """
+    weights = settings.weights
+    assert weights is not None, "the command requires a model"
+    if not weights.startswith("s3://"):
+        folder = await asyncio.to_thread(_folder, weights)
+        if folder is not None:
+            return str(folder)
+        if settings.model_dir is not None and weights == settings.model:
+            raise ModelError(f"model: {weights} is not a folder")
+        return weights
+    uri = weights.rstrip("/") + "/"
+    target = settings.cache_path / "models" / uri.removeprefix("s3://").rstrip("/")
+    try:
+        await store.download_tree(uri, target, on_bytes=on_bytes, without=_NOT_WEIGHTS)
+    except ObjectNotFound as exc:
+        raise ModelError(f"model: there is nothing under {uri}") from exc
+    return str(target)
+
+
+def _folder(weights: str) -> Path | None:
+    path = Path(weights).expanduser()
+    return path if path.is_dir() else None

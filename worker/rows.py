@@ -1,0 +1,120 @@
+"""The rows of a job, each through tokenizer, adapter and engine to its result."""
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from worker.adapters import AdapterDirectory
+from worker.bridge import Bridge
+from worker.engine.tokenizer import Tokenizer
+from worker.errors import EngineFailed, Expired, RowError
+from worker.jobs import AdapterKey, Completion, InferenceRequest, Job, Row, RowResult, TokenDetail
+from worker.wire.checks import failure_of
+
+
+class RowRunner:
+    """Runs rows of many jobs at once. At most `max_at_once` rows of one job are with the engine."""
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        tokenizer: Tokenizer,
+        adapters: AdapterDirectory,
+        *,
+        max_at_once: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bridge = bridge
+        self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._max_at_once = max_at_once
+        self._clock = clock
+        self._numbers = itertools.count()
+        self.in_flight = 0
+        """Rows of the jobs at work that have no result yet."""
+
+    async def run(self, job: Job) -> list[RowResult]:
+        """A result for every row, in order. Raises EngineFailed; a row's own failure is in its result."""
+        results: list[RowResult] = []
+        self.in_flight += len(job.rows)
+        try:
+            async with asyncio.TaskGroup() as group:
+                rows = iter(job.rows)
+                for number in range(min(len(job.rows), self._max_at_once)):
+                    group.create_task(self._take(job, rows, results), name=f"rows-{number}-{job.id}")
+        except BaseExceptionGroup as error:
+            raise _cause(error) from error
+        finally:
+            self.in_flight -= len(job.rows) - len(results)
+        return sorted(results, key=lambda result: result.row.index)
+
+    async def _take(self, job: Job, rows: Iterator[Row], results: list[RowResult]) -> None:
+        for row in rows:
+            result = await self._run(job, row)
+            results.append(result)
+            self.in_flight -= 1
+
+    async def _run(self, job: Job, row: Row) -> RowResult:
+        if row.failure is not None:
+            return RowResult(row=row, failure=row.failure)
+        version = None
+        try:
+            if job.expires_at is not None and self._clock() > job.expires_at:
+                raise Expired(
+                    f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job"
+                )
+            adapter = None if row.adapter is None else await self._adapters.find(row.adapter)
+            version = None if adapter is None else adapter.version
+            text, prompt = await asyncio.to_thread(self._encode, row)
+            key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
+            completion = await self._bridge.submit(self._request(job, row, prompt, key), adapter)
+        except RowError as exc:
+            return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
+        return self._result(row, text, version, completion)
+
+    def _encode(self, row: Row) -> tuple[str, tuple[int, ...]]:
+        """The prompt as text and as tokens."""
+        if row.messages is not None:
+            text = self._tokenizer.render_chat(row.messages)
+            return text, self._tokenizer.encode_chat(text)
+        assert row.text is not None
+        return row.text, self._tokenizer.encode(row.text)
+
+    def _request(
+        self, job: Job, row: Row, prompt: tuple[int, ...], key: AdapterKey | None
+    ) -> InferenceRequest:
+        params = row.params
+        if params.do_sample and params.seed is None:
+            # Of the job and the row alone, so that a second attempt at the job says the same.
+            seed = hashlib.sha256(f"{job.id}/{row.index}".encode()).digest()[:8]
+            params = msgspec.structs.replace(params, seed=int.from_bytes(seed, "big"))
+        # Two deliveries of one message may be at work here, so the job's id would not be unique.
+        return InferenceRequest(id=str(next(self._numbers)), prompt=prompt, adapter=key, params=params)
+
+    def _result(self, row: Row, text: str, version: str | None, completion: Completion) -> RowResult:
+        tokens = None
+        if completion.log_probs is not None:
+            tokens = tuple(
+                TokenDetail(token, self._tokenizer.decode_one(token), log_prob)
+                for token, log_prob in zip(completion.token_ids, completion.log_probs, strict=True)
+            )
+        return RowResult(
+            row=row,
+            adapter_version=version,
+            text=text + completion.text if row.params.return_full_text else completion.text,
+            finish_reason=completion.finish_reason,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=len(completion.token_ids),
+            tokens=tokens,
+            failure=completion.failure,
+        )
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What ended a task group: the engine's failure before anything else."""
+    leaves = [_cause(exc) if isinstance(exc, BaseExceptionGroup) else exc for exc in group.exceptions]
+    return next((exc for exc in leaves if isinstance(exc, EngineFailed)), leaves[0])
