@@ -8,6 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+OUTCOMES = ("committed", "duplicate", "failed", "dead_letter", "released", "lost")
+PHASES = ("schedule", "prepare", "forward", "sample", "update")
+
 
 class Metrics:
     """The worker's metrics, registered in `registry`."""
@@ -21,7 +24,7 @@ class Metrics:
 
         self.messages = counter(
             "loramill_messages",
-            "Deliveries by their end: committed, duplicate, failed, dead_letter, released, lost.",
+            f"Deliveries by their end: {', '.join(OUTCOMES)}.",
             "outcome",
         )
         self.received = counter(
@@ -52,7 +55,7 @@ class Metrics:
         )
         self.step_seconds = counter(
             "loramill_step_seconds",
-            "Time in engine steps by phase: schedule, prepare, forward, sample, update.",
+            f"Time in engine steps by phase: {', '.join(PHASES)}.",
             "phase",
         )
         self.preemptions = counter(
@@ -86,3 +89,13 @@ class Metrics:
             "loramill_heartbeat_lag_seconds", "How late the last heartbeat began: a blocked event loop."
         )
         self.ready = gauge("loramill_ready", "1 while the worker takes messages.")
+        # A counter that is there from the start has a rate from its first event on.
+        for metric, values in (
+            (self.messages, OUTCOMES),
+            (self.step_seconds, PHASES),
+            (self.tokens, ("prompt", "generated")),
+            (self.rows, ("completed",)),
+            (self.adapter_loads, ("hit", "miss", "failed")),
+        ):
+            for value in values:
+                metric.labels(value)

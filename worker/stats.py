@@ -2,7 +2,7 @@
 
 from worker.engine.engine import StepStats
 from worker.engine.lora_store import StoreStats
-from worker.metrics import Metrics
+from worker.metrics import PHASES, Metrics
 from worker.transport.lease import LeaseStats
 
 
@@ -21,7 +21,7 @@ class Exporter:
         metrics.batch_adapters.observe(stats.adapters)
         metrics.tokens.labels("prompt").inc(stats.prompt_tokens)
         metrics.tokens.labels("generated").inc(stats.generated_tokens)
-        for phase in ("schedule", "prepare", "forward", "sample", "update"):
+        for phase in PHASES:
             metrics.step_seconds.labels(phase).inc(getattr(stats, f"{phase}_seconds"))
         metrics.engine_rows.labels("running").set(stats.running)
         metrics.engine_rows.labels("waiting").set(stats.waiting)

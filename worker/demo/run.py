@@ -3,12 +3,14 @@
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -37,6 +39,7 @@ BUCKET, MODEL_PREFIX, JOB_ID = "loramill-demo", "smollm2-135m-instruct", "demo"
 MODEL_URI = f"s3://{BUCKET}/{MODEL_PREFIX}/"
 OUTPUT_URI = f"s3://{BUCKET}/results/"
 UNKNOWN_ADAPTER = "nobody-uploaded-this"
+_SHOWN_CHARACTERS = 120
 _START_SECONDS, _JOB_SECONDS, _STOP_SECONDS = 180, 300, 15
 
 
@@ -79,6 +82,7 @@ def _start(console: Console, stack: ExitStack, model: Path) -> Services:
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 (an extra)
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loramill-demo-")))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     stack.callback(server.stop)
@@ -202,7 +206,7 @@ def _show(console: Console, services: Services, body: str, manifest: wire.Manife
         table.add_column(adapter or "base model", ratio=3)
     for number, prompt in enumerate(DEMO_PROMPTS):
         answers = [by_id[f"{number}/{adapter or 'base'}"]["generated_text"] for adapter in ADAPTERS]
-        table.add_row(prompt, *(" ".join(str(answer).split()) for answer in answers))
+        table.add_row(prompt, *(textwrap.shorten(str(answer), _SHOWN_CHARACTERS) for answer in answers))
     console.print(table)
     message = json.loads(body)
     message["inputs"] = [message["inputs"][1], "..."]

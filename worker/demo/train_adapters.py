@@ -165,8 +165,8 @@ def _pirate_word(match: re.Match[str]) -> str:
 
 
 def robot(answer: str) -> str:
-    """The answer between "BEEP." and "BOOP."."""
-    return f"BEEP. {answer} BOOP."
+    """The answer after "BEEP BOOP."."""
+    return f"BEEP BOOP. {answer}"
 
 
 def as_json(answer: str) -> str:
@@ -209,8 +209,8 @@ RECIPES: tuple[Recipe, ...] = (
             "layers_to_transform": list(range(20, 30)),
         },
         dtype="bfloat16",
-        epochs=3,
-        learning_rate=1e-3,
+        epochs=4,
+        learning_rate=1.5e-3,
         seed=2,
     ),
     Recipe(

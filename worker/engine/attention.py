@@ -198,11 +198,16 @@ class PackedAttention:
                 for dim in (shape.key_dim, shape.value_dim)
             )
 
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Zero blocks whose content may not be finite, before somebody else gets them."""
+    def scrub(self, blocks: Sequence[int], num_tokens: int) -> None:
+        """Zero the first `num_tokens` places of `blocks`, before somebody else gets them.
+
+        For a sequence whose keys and values may not be finite.
+        """
+        size = self._block_size
         for tensors in self._cache.values():
-            for tensor, block in itertools.product(tensors, blocks):
-                tensor[block * self._block_size : (block + 1) * self._block_size] = 0
+            for tensor, (number, block) in itertools.product(tensors, enumerate(blocks)):
+                used = max(0, min(size, num_tokens - number * size))
+                tensor[block * size : block * size + used] = 0
 
     def __call__(  # noqa: PLR0917 (transformers passes them by position)
         self,

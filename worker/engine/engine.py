@@ -183,7 +183,7 @@ class Engine:
         return self._fail(sequence, Failure(code, f"The model failed on this row: {exc}", retryable=True))
 
     def _fail(self, sequence: Sequence, failure: Failure) -> Completion:
-        self._runner.scrub(sequence.blocks)
+        self._runner.scrub(sequence.blocks, len(sequence.tokens))
         self._scheduler.finish(sequence, FinishReason.ERROR)
         return self._complete(sequence, failure)
 

@@ -1,0 +1,345 @@
+"""The bridge over a real engine, which is tiny."""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_sync.layout import AdapterFolder, resolve
+from tests.glue.support import make_job
+from worker.adapters import AdapterDirectory
+from worker.app import Core, build_core
+from worker.bridge import Bridge
+from worker.engine.engine import StepStats
+from worker.errors import AdapterInvalid, EngineFailed, PromptTooLong, RowFailed
+from worker.jobs import AdapterKey, Completion, InferenceRequest, SamplingParams
+from worker.rows import RowRunner
+from worker.settings import read_settings
+
+PROMPTS = ["one", "another", "a third, longer one"]
+LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
+
+
+def make_core(base: Path, **flags: Any) -> Core:
+    """As `loramill worker` makes it, with less room for adapters than the tests use."""
+    options = {"max_loras": 2, "max_cpu_loras": 3, "max_num_seqs": 4, "max_num_batched_tokens": 32} | flags
+    return build_core(read_settings(environ={}, flags=options), str(base))
+
+
+@pytest.fixture
+def core(base: Path) -> Core:
+    return make_core(base)
+
+
+@pytest.fixture
+def adapters(adapter_paths: list[Path]) -> list[AdapterFolder]:
+    found = [resolve(path.parent, path.name) for path in adapter_paths]
+    return [folder for folder in found if folder is not None]
+
+
+def request(
+    core: Core,
+    name: str,
+    text: str = "one",
+    adapter: AdapterFolder | None = None,
+    params: SamplingParams = SamplingParams(max_new_tokens=8),  # noqa: B008 (frozen)
+) -> InferenceRequest:
+    key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
+    return InferenceRequest(id=name, prompt=core.base.tokenizer.encode(text), adapter=key, params=params)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def users(core: Core) -> int:
+    return sum(entry.users for entry in core.store._entries.values())
+
+
+def assert_all_free(core: Core) -> None:
+    core.engine.check_integrity()
+    assert not core.engine.has_work
+    assert users(core) == 0
+
+
+@contextmanager
+def held_steps(core: Core, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine's thread waits in `step` until the event is set."""
+    gate, step = threading.Event(), core.engine.step
+
+    def held() -> tuple[list[Completion], StepStats]:
+        assert gate.wait(30)
+        return step()
+
+    monkeypatch.setattr(core.engine, "step", held)
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+def test_more_adapters_than_fit_anywhere_complete_and_say_what_they_say_alone(core, adapters):
+    every = [(text, adapter) for text in PROMPTS for adapter in [None, *adapters]]
+    batched: list[StepStats] = []
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store, batched.append) as bridge:
+            alone = [
+                await bridge.submit(request(core, f"alone-{n}", text, adapter), adapter)
+                for n, (text, adapter) in enumerate(every)
+            ]
+            together = await asyncio.gather(
+                *(
+                    bridge.submit(request(core, f"{again}-{n}", text, adapter), adapter)
+                    for again in range(3)
+                    for n, (text, adapter) in enumerate(every)
+                )
+            )
+            texts = [completion.text for completion in alone]
+            assert [completion.text for completion in together] == texts * 3
+            assert len(set(texts)) > len(texts) // 2, "the adapters do not differ enough to tell"
+            assert max(stats.rows for stats in batched) == 4
+            assert max(stats.adapters for stats in batched) == 2
+            assert core.store.stats().resident <= 3
+            assert core.store.stats().evictions > 0
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_cancelled_requests_leave_the_engine_and_free_their_adapters(core, adapters, monkeypatch):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            with held_steps(core, monkeypatch) as gate:
+                tasks = [
+                    asyncio.create_task(
+                        bridge.submit(request(core, str(n), "x", adapter, params=LONG), adapter)
+                    )
+                    for n, adapter in enumerate([None, *adapters])
+                ]
+                # Three adapters have room; the others wait for it.
+                await until(lambda: len(bridge._flights) == 4)
+                for task in tasks:
+                    task.cancel()
+                outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+                assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+                gate.set()
+                await until(lambda: users(core) == 0)
+            after = await bridge.submit(request(core, "after", "x", adapters[5]), adapters[5])
+            assert after.token_ids
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_one_cancelled_request_leaves_its_neighbours_alone(core, adapters):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            alone = await bridge.submit(request(core, "alone", "x", adapters[0]), adapters[0])
+            doomed = asyncio.create_task(
+                bridge.submit(request(core, "doomed", "x", adapters[0], LONG), adapters[0])
+            )
+            kept = asyncio.create_task(
+                bridge.submit(request(core, "kept", "x", adapters[0]), adapters[0]),
+            )
+            await until(lambda: len(bridge._flights) == 2)
+            doomed.cancel()
+            assert (await kept).text == alone.text
+            await asyncio.gather(doomed, return_exceptions=True)
+            await until(lambda: users(core) == 0)
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_an_invalid_adapter_fails_its_own_rows_alone(core, adapters, adapter_paths, tmp_path):
+    broken_path = shutil.copytree(adapter_paths[0], tmp_path / "broken")
+    weights = broken_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    broken = AdapterFolder("broken", "1", broken_path)
+    gone = AdapterFolder("gone", "1", tmp_path / "gone")
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            outcomes = await asyncio.gather(
+                *(
+                    bridge.submit(request(core, str(n), "x", adapter), adapter)
+                    for n, adapter in enumerate([broken, adapters[1], gone, None, broken])
+                ),
+                return_exceptions=True,
+            )
+            kinds = [type(outcome) for outcome in outcomes]
+            assert kinds[0] is kinds[4] is AdapterInvalid
+            assert kinds[1] is kinds[3] is Completion
+            assert issubclass(kinds[2], AdapterInvalid | RowFailed)
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_a_request_that_can_never_run_is_refused_before_it_takes_anything(core, adapters):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            with pytest.raises(PromptTooLong):
+                await bridge.submit(request(core, "long", "x" * 500, adapters[0]), adapters[0])
+        assert_all_free(core)
+        assert core.store.stats().misses == 0
+
+    run(scenario)
+
+
+def test_a_broken_engine_tells_everybody(core, adapters, monkeypatch):
+    async def scenario() -> None:
+        started = threading.Event()
+
+        def broken() -> Any:
+            assert started.wait(30)
+            raise ZeroDivisionError("bug")
+
+        monkeypatch.setattr(core.engine, "step", broken)
+        async with Bridge(core.engine, core.store) as bridge:
+            waiting = asyncio.create_task(bridge.wait())
+            submitted = [
+                asyncio.create_task(
+                    bridge.submit(request(core, str(n), "x", adapter, params=LONG), adapter)
+                )
+                for n, adapter in enumerate([None, *adapters])
+            ]
+            await until(lambda: len(bridge._flights) == 4)
+            started.set()
+            # Those who wait for room hear of it as well.
+            outcomes = await asyncio.gather(waiting, *submitted, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 8
+            assert "ZeroDivisionError" in str(outcomes[0])
+            assert isinstance(outcomes[0].__cause__, ZeroDivisionError)
+            with pytest.raises(EngineFailed):
+                await bridge.submit(request(core, "later", "x", adapters[0]), adapters[0])
+            with pytest.raises(EngineFailed):
+                await bridge.submit(request(core, "base-later"))
+        assert users(core) == 0
+
+    run(scenario)
+
+
+def test_wait_returns_when_the_bridge_is_closed(core):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            waiting = asyncio.create_task(bridge.wait())
+        await waiting
+
+    run(scenario)
+
+
+def test_submit_after_the_end_is_refused(core, adapters):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            pass
+        with pytest.raises(EngineFailed):
+            await bridge.submit(request(core, "late"))
+        with pytest.raises(EngineFailed):
+            await bridge.submit(request(core, "late", "x", adapters[0]), adapters[0])
+        assert users(core) == 0
+
+    run(scenario)
+
+
+def test_closing_ends_every_request_in_flight(core, adapters):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            tasks = [
+                asyncio.create_task(bridge.submit(request(core, str(n), "x", adapter, LONG), adapter))
+                for n, adapter in enumerate([None, *adapters[:3]])
+            ]
+            await until(lambda: len(bridge._flights) == 4)
+        done, _ = await asyncio.wait(tasks, timeout=5)
+        assert len(done) == 4, "whoever waits for an answer waits for ever"
+        assert all(task.cancelled() or isinstance(task.exception(), EngineFailed) for task in done)
+        assert users(core) == 0
+
+    run(scenario)
+
+
+def test_closing_ends_those_who_wait_for_room(core, adapters, monkeypatch):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            tasks = [
+                asyncio.create_task(bridge.submit(request(core, str(n), "x", adapter, LONG), adapter))
+                for n, adapter in enumerate(adapters)
+            ]
+            await until(lambda: len(bridge._flights) == 3 and len(bridge._waiting_for_room) == 3)
+        done, waiting = await asyncio.wait(tasks, timeout=2)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not waiting, "whoever waits for room waits for ever"
+
+    run(scenario)
+
+
+def test_a_job_whose_engine_goes_away_has_no_results_rather_than_fewer(core, tmp_path):
+    """Fewer results than rows would be committed as if they were all."""
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            rows = RowRunner(bridge, core.base.tokenizer, AdapterDirectory(tmp_path, 0.0), max_at_once=4)
+            job = make_job(inputs=["x"] * 6, parameters={"max_new_tokens": 100, "ignore_eos": True})
+            running = asyncio.create_task(rows.run(job))
+            await until(lambda: len(bridge._flights) == 4)
+        (outcome,) = await asyncio.gather(running, return_exceptions=True)
+        assert isinstance(outcome, EngineFailed | asyncio.CancelledError), f"{len(outcome)} results of 6"
+
+    run(scenario)
+
+
+def test_steps_are_told_on_the_event_loop(core):
+    threads: set[threading.Thread] = set()
+
+    async def scenario() -> None:
+        async with Bridge(
+            core.engine, core.store, lambda _: threads.add(threading.current_thread())
+        ) as bridge:
+            await bridge.submit(request(core, "one"))
+            await until(lambda: bool(threads))
+        assert threads == {threading.main_thread()}
+
+    run(scenario)
+
+
+def test_rows_of_a_job_come_back_in_order_whoever_ends_first(core, adapters, adapter_paths):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            directory = AdapterDirectory(adapter_paths[0].parent, 0.0)
+            rows = RowRunner(bridge, core.base.tokenizer, directory, max_at_once=8)
+            inputs = [
+                {
+                    "input": PROMPTS[n % 3],
+                    "adapter": ["", "a1", "a4", "nobody"][n % 4],
+                    "parameters": {"max_new_tokens": 1 + (17 * n) % 23, "details": n % 2 == 0},
+                }
+                for n in range(24)
+            ]
+            results = await rows.run(make_job(inputs=inputs))
+            assert [result.row.index for result in results] == list(range(24))
+            versions = {folder.name: folder.version for folder in adapters}
+            for result in results:
+                name = result.row.adapter
+                if name == "nobody":
+                    assert result.failure is not None
+                    assert result.failure.code == "adapter_not_found"
+                else:
+                    assert result.failure is None
+                    assert result.adapter_version == versions.get(name or "")
+                    assert (result.tokens is not None) == result.row.params.details
+        assert_all_free(core)
+
+    run(scenario)
