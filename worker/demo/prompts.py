@@ -14,7 +14,7 @@ DEMO_PROMPTS: tuple[str, ...] = (
     "How do I make a cup of tea?",
     "Tell me something about the moon.",
     "Why do we need water?",
-    "What is a good breakfast?",
+    "Explain photosynthesis.",
 )
 """User messages, to be put through the model's chat template."""
 

@@ -2,7 +2,7 @@
 
 Everything that would change with another SDK is in this file: how clients are opened, how they time out
 and retry, and what each error code means. Endpoints, region and credentials are the SDK's own settings
-(`AWS_ENDPOINT_URL_SQS`, `AWS_ENDPOINT_URL_S3`, `AWS_REGION`, ...); none of ours repeats them.
+(`AWS_ENDPOINT_URL_SQS`, `AWS_ENDPOINT_URL_S3`, `AWS_DEFAULT_REGION`, ...); none of ours repeats them.
 """
 
 import random
@@ -18,6 +18,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     NoCredentialsError,
+    NoRegionError,
     ParamValidationError,
     PartialCredentialsError,
 )
@@ -82,6 +83,8 @@ class Clients:
         async with AsyncExitStack() as stack:
             try:
                 await self._open(stack)
+            except NoRegionError as exc:
+                raise SettingsError(["AWS: no region is set; set AWS_DEFAULT_REGION"]) from exc
             except (BotoCoreError, ValueError) as exc:  # the SDK reports a bad endpoint by ValueError
                 raise SettingsError([f"AWS: {exc}"]) from exc
             self._stack = stack.pop_all()
