@@ -4,6 +4,7 @@ Nothing is skipped: a tensor that no module takes, a module that should have a t
 a setting whose effect is not built, each refuses the adapter and says which.
 """
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -23,41 +24,16 @@ from worker.jobs import AdapterKey
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_APPLIED = frozenset(
-    [
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "use_rslora",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "task_type",
-        "peft_type",
-    ]
-)
-_WITHOUT_EFFECT = frozenset(  # on the output of a trained adapter
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-    ]
-)
+_CHECKED = frozenset({"init_lora_weights", "peft_type", "task_type"})
+_APPLIED = frozenset({
+    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora",
+})  # fmt: skip
+_WITHOUT_EFFECT = frozenset({  # on the output of a trained adapter
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config",
+})  # fmt: skip
 _KEEPS_BASE_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone. PiSSA, OLoRA, CorDA and their
 kin train against a changed base, which an adapter file alone does not carry."""
@@ -143,7 +119,7 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}") from exc
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(f"peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
-    if raw.get("task_type") not in {None, "CAUSAL_LM"}:
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterInvalid(f"task_type is {raw['task_type']!r}, only 'CAUSAL_LM' is supported")
     if raw.get("init_lora_weights", True) not in _KEEPS_BASE_WEIGHTS:
         raise AdapterInvalid(
@@ -151,7 +127,7 @@ def read_config(path: Path) -> LoraConfig:
             "adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     for name, value in raw.items():
-        if name not in _APPLIED | _WITHOUT_EFFECT and value and value != "none":
+        if name not in _APPLIED | _WITHOUT_EFFECT | _CHECKED and value and value != "none":
             raise AdapterInvalid(f"{name} is {value!r}, which is not supported")
     _check_types(raw)
     try:
@@ -181,13 +157,16 @@ def _check_types(raw: dict[str, Any]) -> None:
         raise AdapterInvalid(f"{CONFIG_FILE}: {exc}") from exc
     if not types.target_modules:
         raise AdapterInvalid("target_modules is missing or empty")
-    patterns = [*(types.rank_pattern or ()), *(types.alpha_pattern or ())]
+    layers = [types.layers_pattern] if isinstance(types.layers_pattern, str) else types.layers_pattern
+    # In the form in which PEFT compiles them.
     regexes = [p for p in (types.target_modules, types.exclude_modules) if isinstance(p, str)]
-    for pattern in patterns + regexes:
+    regexes += [rf"(.*\.)?({p})$" for p in [*(types.rank_pattern or ()), *(types.alpha_pattern or ())]]
+    regexes += [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in layers or ()]
+    for regex in regexes:
         try:
-            re.compile(pattern)
+            re.compile(regex)
         except re.error as exc:
-            raise AdapterInvalid(f"{pattern!r} is not a regular expression: {exc}") from exc
+            raise AdapterInvalid(f"{regex!r} is not a regular expression: {exc}") from exc
 
 
 def _expected_ranks(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int) -> dict[str, int]:
@@ -215,7 +194,10 @@ def _from_pattern(pattern: dict[str, float] | None, module: str, default: float)
 
 def _is_targeted(config: LoraConfig, name: str, target: Target) -> bool:
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        return target.in_features > 0 and not target.is_head
+        if target.in_features == 0 or target.is_head:
+            return False
+        config = copy.copy(config)
+        config.target_modules = [name]  # what is left to ask are exclusions and layers
     return bool(check_target_module_exists(config, name))
 
 

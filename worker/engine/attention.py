@@ -284,7 +284,8 @@ class PackedAttention:
             for name, given in others.items()
             if given is not None
             and name not in _HARMLESS
-            and (name, given) not in {("is_causal", True), ("dropout", 0.0)}
+            and not (name == "is_causal" and given is True)
+            and not (name == "dropout" and given == 0.0)
         )
         if strange:
             raise ModelError(f"the model's attention needs {', '.join(strange)}, which is not supported")

@@ -2,9 +2,10 @@
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from worker.engine.tokenizer import Tokenizer
@@ -64,15 +65,18 @@ def load_base_model(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=chosen, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as exc:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
         raise ModelError(f"the base model at {path} cannot be loaded: {exc}") from exc
+    model, found = loaded
+    if found["missing_keys"]:  # they would be random
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise ModelError(f"the base model at {path} lacks weights: {missing}")
     _check_supported(model)
-    model.requires_grad_(False).train(False)
-    model.to(device)  # type: ignore[arg-type]  # its decorator loses `self`
+    model.requires_grad_(False).train(False).to(device)
     return BaseModel(
         model=model,
         tokenizer=Tokenizer(tokenizer),
@@ -110,8 +114,9 @@ def _eos_token_ids(model: PreTrainedModel, of_tokenizer: int | None) -> frozense
 def _model_len(config: PretrainedConfig, wanted: int | None) -> int:
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type") in _LENGTH_BOUND_ROPES:
-        limit = rope.get("original_max_position_embeddings") or limit
+    for own in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(own, dict) and own.get("rope_type") in _LENGTH_BOUND_ROPES:
+            limit = own.get("original_max_position_embeddings") or limit
     if limit is None:
         limit = wanted or 2048
     if wanted is not None and wanted > limit:

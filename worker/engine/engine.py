@@ -120,20 +120,22 @@ class Engine:
         """
         started = time.perf_counter()
         batch = self._scheduler.schedule()
-        for slot, key in batch.loads:
-            self._runner.put_adapter(slot, self._weights(key))
+        for blocks, num_tokens in self._scheduler.take_given_back():
+            self._runner.scrub(blocks, num_tokens)
+        batch, refused = self._put_adapters(batch)
         scheduled = time.perf_counter()
+        prompt_tokens = sum(row.num_prompt_tokens for row in batch.rows)
+        generated_tokens = sum(row.samples for row in batch.rows)
         completions, computed = self._compute(batch)
-        self._failed_alone = 0 if computed else self._failed_alone
         done = time.perf_counter()
         timings = self._runner.timings
         work = timings.prepare_seconds + timings.forward_seconds + timings.sample_seconds
         scheduler = self._scheduler
-        return completions, StepStats(
+        return refused + completions, StepStats(
             rows=len(computed),
             adapters=len({row.sequence.request.adapter for row in computed} - {None}),
-            prompt_tokens=sum(row.num_tokens for row in computed if row.num_tokens > 1),
-            generated_tokens=sum(row.num_tokens == 1 for row in computed),
+            prompt_tokens=prompt_tokens,
+            generated_tokens=generated_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             preempted=scheduler.num_preempted,
@@ -153,6 +155,23 @@ class Engine:
         assert alive == set(self._sequences.values())
         assert self._streams.keys() <= self._sequences.keys()
 
+    def _put_adapters(self, batch: Batch) -> tuple[Batch, list[Completion]]:
+        """Fill the slots that the batch needs; rows whose adapter cannot be put there leave it, failed."""
+        failed: list[Completion] = []
+        for slot, key in batch.loads:
+            try:
+                self._runner.put_adapter(slot, self._weights(key))
+            except Exception as exc:
+                logger.exception("adapter %s could not be put into slot %d", key.name, slot)
+                code = "oom" if isinstance(exc, torch.OutOfMemoryError) else "internal"
+                failure = Failure(code, f"Adapter {key.name} could not be put on the device: {exc}", True)
+                own = [row for row in batch.rows if row.sequence.request.adapter == key]
+                failed += [self._fail(row.sequence, failure) for row in own]
+                # The slot must not pass for this adapter's: it may hold half of it.
+                self._scheduler.slots.forget(key)
+                batch = Batch(tuple(row for row in batch.rows if row not in own))
+        return batch, failed
+
     def _compute(self, batch: Batch) -> tuple[list[Completion], list[ScheduledRow]]:
         """Run and record a batch; halve it on trouble until the trouble is one row's."""
         if not batch.rows:
@@ -164,6 +183,7 @@ class Engine:
             return self._split(batch, exc, "oom")
         except Exception as exc:  # noqa: BLE001 (whatever a model raises is one row's until shown otherwise)
             return self._split(batch, exc, "internal")
+        self._failed_alone = 0
         return self._record(batch, samples), list(batch.rows)
 
     def _split(self, batch: Batch, exc: Exception, code: str) -> tuple[list[Completion], list[ScheduledRow]]:
@@ -183,7 +203,6 @@ class Engine:
         return self._fail(sequence, Failure(code, f"The model failed on this row: {exc}", retryable=True))
 
     def _fail(self, sequence: Sequence, failure: Failure) -> Completion:
-        self._runner.scrub(sequence.blocks, len(sequence.tokens))
         self._scheduler.finish(sequence, FinishReason.ERROR)
         return self._complete(sequence, failure)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from worker.engine.adapter import LoRAPair, LoRAWeights, Target
-from worker.engine.lora_ops import Run, add_lora_packed, add_lora_segments, pack_pairs, rank_mask
+from worker.engine.lora_ops import Run, add_lora_packed, add_lora_segments, foreign_ranks, pack_pairs
 
 _PACKED_LIMIT = 1 << 15
 """Packed products waste tokens x ranks on columns that are masked; beyond this the runs are cheaper.
@@ -26,15 +26,16 @@ class LoRAPlan:
         self.runs = tuple(runs)
         self.num_tokens = num_tokens
         self.slots = tuple(sorted({slot for slot, _, _ in runs}))
-        self._masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
+        self._foreign: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
 
     def prefers_packed(self, total_rank: int) -> bool:
         return len(self.runs) > 2 and self.num_tokens * total_rank <= _PACKED_LIMIT
 
-    def mask(self, layout: tuple[tuple[int, int], ...], like: torch.Tensor) -> torch.Tensor:
-        mask = self._masks.get(layout)
+    def foreign(self, layout: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+        """See `foreign_ranks`; modules with the same layout share it."""
+        mask = self._foreign.get(layout)
         if mask is None:
-            mask = self._masks[layout] = rank_mask(self.runs, layout, self.num_tokens, like)
+            mask = self._foreign[layout] = foreign_ranks(self.runs, layout, self.num_tokens, device)
         return mask
 
 
@@ -106,7 +107,7 @@ class _Bank:
         if packed is None:
             return
         if plan.prefers_packed(packed.rank):
-            add_lora_packed(x, y, packed, plan.mask(self._layout, x))
+            add_lora_packed(x, y, packed, plan.foreign(self._layout, x.device))
         else:
             add_lora_segments(x, y, plan.runs, self._pairs)
 

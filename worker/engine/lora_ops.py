@@ -40,25 +40,24 @@ def pack_pairs(pairs: Sequence[LoRAPair]) -> LoRAPair:
     return LoRAPair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
 
 
-def rank_mask(
-    runs: Sequence[Run], layout: Sequence[tuple[int, int]], num_tokens: int, like: torch.Tensor
+def foreign_ranks(
+    runs: Sequence[Run], layout: Sequence[tuple[int, int]], num_tokens: int, device: torch.device
 ) -> torch.Tensor:
-    """[T, R]: one where a token's slot owns the column of a packed pair, zero elsewhere.
+    """[T, R] bool: where a column of a packed pair belongs to another slot than the token's.
 
-    `layout` lists `(slot, rank)` in the order of packing. Of the dtype and device of `like`.
+    `layout` lists `(slot, rank)` in the order of packing.
     """
     columns = [slot for slot, rank in layout for _ in range(rank)]
     tokens = [-1] * num_tokens
     for slot, start, stop in runs:
         tokens[start:stop] = [slot] * (stop - start)
-    mask = torch.tensor(tokens).unsqueeze(1) == torch.tensor(columns).unsqueeze(0)
-    return mask.to(device=like.device, dtype=like.dtype)
+    return (torch.tensor(tokens).unsqueeze(1) != torch.tensor(columns).unsqueeze(0)).to(device)
 
 
-def add_lora_packed(x: torch.Tensor, y: torch.Tensor, packed: LoRAPair, mask: torch.Tensor) -> None:
+def add_lora_packed(x: torch.Tensor, y: torch.Tensor, packed: LoRAPair, foreign: torch.Tensor) -> None:
     """Add all adapters to y in place: two dense products whatever their number.
 
-    Every token goes through every adapter's `a`, then all columns but its own are zeroed. Best while
-    tokens are few, as in decoding.
+    Every token goes through every adapter's `a`, then all columns but its own are zeroed; by filling, as
+    an overflow in another's column times zero would be NaN. Best while tokens are few, as in decoding.
     """
-    y.addmm_((x @ packed.a.T).mul_(mask), packed.b.T)
+    y.addmm_((x @ packed.a.T).masked_fill_(foreign, 0), packed.b.T)

@@ -55,7 +55,7 @@ class ModelRunner:
         self.timings = Timings(0.0, 0.0, 0.0)
         self.targets: dict[str, Target] = {}
         """Modules that adapters may name."""
-        probe = _Probe(base.model.config.get_text_config().vocab_size)
+        probe = _Probe(base.model.config.get_text_config().vocab_size, min(12, base.max_model_len))
         with torch.inference_mode():
             expected = probe.expected(base.model, base.device)
             base.model.set_attn_implementation(self._attention.name)
@@ -72,6 +72,7 @@ class ModelRunner:
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         self._lora.put(slot, weights)
 
+    @torch.inference_mode()
     def scrub(self, blocks: list[int], num_tokens: int) -> None:
         """Forget the first `num_tokens` tokens in `blocks`, whose keys and values may not be finite."""
         self._attention.scrub(blocks, num_tokens)
@@ -209,12 +210,10 @@ class ModelRunner:
 class _Probe:
     """Two short rows of tokens whose logits are known from the plain model."""
 
-    length = 12
-    _PREFILL = 7
-
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self.length = length
         generator = torch.Generator().manual_seed(0)
-        self.prompts = torch.randint(vocab_size, (2, self.length), generator=generator).tolist()
+        self.prompts = torch.randint(vocab_size, (2, length), generator=generator).tolist()
 
     def expected(self, model: nn.Module, device: torch.device) -> torch.Tensor:
         """[2, length, vocabulary] float32."""
@@ -232,10 +231,9 @@ class _Probe:
 
     def steps(self, row: int) -> Iterator[tuple[int, list[int]]]:
         """Offset and tokens of each pass: a prefill, a chunk, then one by one."""
-        tokens = self.prompts[row]
-        cuts = [0, self._PREFILL - 3, self._PREFILL, *range(self._PREFILL + 1, self.length + 1)]
-        for start, stop in itertools.pairwise(cuts):
-            yield start, tokens[start:stop]
+        first, second = self.length // 3, 2 * self.length // 3
+        for start, stop in itertools.pairwise(sorted({0, first, *range(second, self.length + 1)})):
+            yield start, self.prompts[row][start:stop]
 
 
 def _slot(row: ScheduledRow) -> int:

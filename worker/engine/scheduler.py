@@ -16,6 +16,12 @@ class ScheduledRow(NamedTuple):
     """How many of the sequence's tokens, from `computed` on, go through the model in this step."""
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """How many of those are of the prompt."""
+        left = len(self.sequence.request.prompt) - self.sequence.computed
+        return max(0, min(left, self.num_tokens))
+
+    @property
     def samples(self) -> bool:
         """Whether this step reaches the sequence's end, so that its next token can be sampled."""
         return self.num_tokens == self.sequence.remaining
@@ -61,6 +67,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preempted = 0
+        self._given_back: list[tuple[list[int], int]] = []
 
     @property
     def has_work(self) -> bool:
@@ -148,12 +155,12 @@ class Scheduler:
         loads: list[tuple[int, AdapterKey]] = []
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            if passed and passed[0].passed_over >= self.max_passed_over:
+                break
             sequence = self.waiting.popleft()
             key = sequence.request.adapter
             if key is not None and not self.slots.can_acquire(key):
                 passed.append(sequence)
-                if sequence.passed_over >= self.max_passed_over:
-                    break
                 continue
             num_tokens = min(sequence.remaining, budget)
             if not self._fits(sequence, rows) or not self.kv_cache.grow(sequence.blocks, num_tokens):
@@ -181,7 +188,13 @@ class Scheduler:
         others = sum(self.kv_cache.missing(row.sequence.blocks, len(row.sequence.tokens) + 1) for row in rows)
         return own + others <= self.kv_cache.num_free or not rows
 
+    def take_given_back(self) -> list[tuple[list[int], int]]:
+        """The blocks given back since the last call, with the number of tokens in each group of them."""
+        given_back, self._given_back = self._given_back, []
+        return given_back
+
     def _take_back(self, sequence: Sequence) -> None:
+        self._given_back.append((list(sequence.blocks), len(sequence.tokens)))
         self.kv_cache.free(sequence.blocks)
         if sequence.slot is not None:
             assert sequence.request.adapter is not None

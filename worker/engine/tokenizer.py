@@ -58,9 +58,17 @@ class Tokenizer:
         """The text of one token by itself, special tokens spelled out."""
         return str(self._tokenizer.decode([token]))
 
+    def context(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, as many as it takes to begin and end between characters."""
+        for length in (_CONTEXT_TOKENS, 3 * _CONTEXT_TOKENS, 9 * _CONTEXT_TOKENS, len(prompt)):
+            context = list(prompt[-length:])
+            if _REPLACEMENT not in self.decode(context):
+                return context
+        return [] if self.decode(context).endswith(_REPLACEMENT) else context
+
     def continuation(self, prompt: Sequence[int], generated: Sequence[int]) -> str:
         """The text that `generated` adds after `prompt`."""
-        context = list(prompt[-_CONTEXT_TOKENS:])
+        context = self.context(prompt)
         before, whole = self.decode(context), self.decode([*context, *generated])
         return whole[len(before) :] if whole.startswith(before) else self.decode(generated)
 
@@ -73,7 +81,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-_CONTEXT_TOKENS:])
+        self._tokens = tokenizer.context(prompt)
         self._start = 0
         """First token of the window that is decoded."""
         self._done = len(self._tokens)
@@ -85,9 +93,24 @@ class TextStream:
         self._tokens.append(token)
         before = self._tokenizer.decode(self._tokens[self._start : self._done])
         whole = self._tokenizer.decode(self._tokens[self._start :])
-        if len(whole) <= len(before) or whole.endswith(_REPLACEMENT):
+        if len(whole) <= len(before):
             return ""
+        if whole.endswith(_REPLACEMENT):
+            return self._give_up(before, whole)
         self._start, self._done = self._done, len(self._tokens)
         new = whole[len(before) :]
         self.text += new
         return new
+
+    def _give_up(self, before: str, whole: str) -> str:
+        """A character has four bytes at most: what is older and no text will not become any."""
+        if len(self._tokens) - self._done <= _CONTEXT_TOKENS:
+            return ""
+        for pending in (3, 2, 1):
+            head = self._tokenizer.decode(self._tokens[self._start : -pending])
+            if head + self._tokenizer.decode(self._tokens[-pending:]) == whole and len(head) > len(before):
+                self._start = self._done = len(self._tokens) - pending
+                new = head[len(before) :]
+                self.text += new
+                return new
+        return ""
