@@ -16,7 +16,8 @@ def configure(log_format: Literal["auto", "text", "json"], stream: TextIO | None
     handler = logging.StreamHandler(target)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("adapters_sync").setLevel(logging.INFO)  # the SDK's own chatter stays out
+    for package in ("adapters_sync", "worker"):  # the SDK's own chatter stays out
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

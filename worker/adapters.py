@@ -1,6 +1,7 @@
 """Which adapter a name means at this moment."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,13 +10,15 @@ from adapters_sync.layout import AdapterFolder, AdapterState, MirrorPaths, read_
 from worker.errors import AdapterInvalid, AdapterNotFound
 
 _LOOK_EVERY_SECONDS = 0.25
+_MOST_REMEMBERED = 1024
 
 
 class AdapterDirectory:
     """The adapters folder as rows see it. `folder` None means that LoRA is off.
 
     A name that is not there is waited for, since its upload may be on the way; rows that ask for the same
-    name wait together. `on_missing` is called once for each such wait: a mirror can look at once.
+    name wait together, and for a while after the wait nobody waits for it again. `on_missing` is called
+    once for each wait: a mirror can look at once.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class AdapterDirectory:
         self._clock = clock
         self._sleep = sleep
         self._waits: dict[str, asyncio.Task[AdapterFolder]] = {}
+        self._given_up: dict[str, float] = {}
+        """Names that were waited for in vain, with the time from which on it is worth another wait."""
 
     async def find(self, name: str) -> AdapterFolder:
         """The current version. Raises AdapterNotFound, or AdapterInvalid with the mirror's reason."""
@@ -41,6 +46,8 @@ class AdapterDirectory:
         found = await asyncio.to_thread(resolve, self._folder, name)
         if found is not None:
             return found
+        if self._given_up.get(name, -math.inf) > self._clock():
+            raise await self._not_there(name)
         wait = self._waits.get(name)
         if wait is None:
             wait = self._waits[name] = asyncio.create_task(self._wait(name), name=f"wait-for-{name}")
@@ -56,10 +63,22 @@ class AdapterDirectory:
             found = await asyncio.to_thread(resolve, self._folder, name)
             if found is not None:
                 return found
+        self._give_up(name)
+        raise await self._not_there(name)
+
+    async def _not_there(self, name: str) -> AdapterInvalid | AdapterNotFound:
+        assert self._folder is not None
         reason = await asyncio.to_thread(_reason, self._folder, name)
         if reason is not None:
-            raise AdapterInvalid(f"Adapter {name} is invalid: {reason}")
-        raise AdapterNotFound(f"Adapter {name} is not registered")
+            return AdapterInvalid(f"Adapter {name} is invalid: {reason}")
+        return AdapterNotFound(f"Adapter {name} is not registered")
+
+    def _give_up(self, name: str) -> None:
+        now = self._clock()
+        if len(self._given_up) >= _MOST_REMEMBERED:
+            self._given_up = {known: until for known, until in self._given_up.items() if until > now}
+        if len(self._given_up) < _MOST_REMEMBERED:
+            self._given_up[name] = now + self._wait_seconds
 
     def _forget(self, name: str, wait: asyncio.Task[AdapterFolder]) -> None:
         del self._waits[name]

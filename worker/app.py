@@ -28,7 +28,7 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
 from worker.errors import SettingsError
 from worker.http.server import serving
-from worker.intake import Intake
+from worker.intake import POLL_SECONDS, Intake
 from worker.metrics import Metrics
 from worker.model_source import fetch_weights, remote_properties
 from worker.rows import RowRunner
@@ -43,6 +43,7 @@ from worker.transport.store import S3Store
 logger = logging.getLogger(__name__)
 
 _EXPORT_SECONDS = 1.0
+_LAST_POLL_SECONDS = 2.0
 
 
 class Core(NamedTuple):
@@ -115,6 +116,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             metrics,
             rows_in_flight=lambda: rows.in_flight,
             max_rows=settings.in_flight_rows,
+            poll_seconds=max(1.0, min(POLL_SECONDS, settings.exit_when_idle_seconds or POLL_SECONDS)),
         )
         idleness = _watch_idleness(intake, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
@@ -185,6 +187,8 @@ async def _serve(
         drained = await intake.drain(0 if broken else drain_timeout_seconds, signals.hurry)
         # The poll under way may still bring messages, which go back at once.
         await asyncio.wait({polling, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        # In a hurry too: what was just given back may have come in by our own poll.
+        await asyncio.wait({polling}, timeout=_LAST_POLL_SECONDS)
         logger.info("stopped", extra={"drained": drained})
         for task in broken:
             task.result()

@@ -54,11 +54,10 @@ class Bridge:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop after the step under way; what is in flight is cancelled."""
+        """Stop after the step under way; whoever still waits gets EngineFailed."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        for flight in list(self._flights.values()):
-            flight.future.cancel()
+        self._end(EngineFailed("the engine has stopped"))
 
     async def wait(self) -> None:
         """Return when the engine has stopped; raise EngineFailed if it broke."""
@@ -99,13 +98,19 @@ class Bridge:
             raise
 
     async def _reserve(self, key: AdapterKey) -> None:
+        assert self._over is not None
         while not self._store.reserve(key):
+            if self._over.done():
+                raise EngineFailed("the engine has stopped")
             room: asyncio.Future[None] = self._loop.create_future()
             self._waiting_for_room.append(room)
             await room
 
     def _release(self, key: AdapterKey) -> None:
         self._store.release(key)
+        self._wake_those_waiting_for_room()
+
+    def _wake_those_waiting_for_room(self) -> None:
         waiting, self._waiting_for_room = self._waiting_for_room, []
         for room in waiting:
             if not room.done():
@@ -182,8 +187,13 @@ class Bridge:
     def _break(self, failure: EngineFailed) -> None:
         assert self._over is not None
         self._over.set_exception(failure)
+        self._end(failure)
+
+    def _end(self, failure: EngineFailed) -> None:
+        """Nobody will be served any more."""
         for request_id in list(self._flights):
             self._settle(request_id, failure)
+        self._wake_those_waiting_for_room()
 
     def _stop(self) -> None:
         assert self._over is not None

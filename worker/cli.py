@@ -42,13 +42,11 @@ def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
     """Take jobs from the queue, run them, and commit their results to S3, until told to stop."""
     with _readable_errors(debug):
         environ = dict(os.environ)
-        settings = read_settings(environ=environ, flags=flags)
+        required = ("model", "queue_url", "output_prefixes")
+        settings = read_settings(environ=environ, flags=flags, required=required)
         properties = local_properties(settings)
         if properties is not None:
             settings = read_settings(environ=environ, flags=flags, properties=properties)
-        missing = settings.require("model", "queue_url", "output_prefixes")
-        if missing:
-            raise SettingsError(missing)
         logs.configure(settings.log_format)
         from worker.app import run_worker  # noqa: PLC0415 (torch)
 
@@ -102,10 +100,7 @@ def enqueue(
 ) -> None:
     """Put a job on the queue and print its id; with --wait, print its result lines too."""
     with _readable_errors(debug):
-        settings = read_settings(environ=dict(os.environ), flags=flags)
-        missing = settings.require("queue_url")
-        if missing:
-            raise SettingsError(missing)
+        settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
         output = output or next(iter(settings.output_prefixes), None)
         if wait is not None and output is None:
             raise SettingsError(
@@ -173,21 +168,22 @@ def _parameters(given: list[str] | None) -> dict[str, Any]:
             raise InvalidMessage(f"--parameter {item!r} is not of the form NAME=JSON")
         try:
             parameters[name] = msgspec.json.decode(text)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeError) as exc:
             raise InvalidMessage(f"--parameter {name}: {text!r} is not JSON: {exc}") from exc
     return parameters
 
 
 @contextmanager
 def _readable_errors(debug: bool) -> Iterator[None]:
-    """An error of ours is a line on stderr and an exit code: 2 for misuse, 1 for the rest."""
+    """An error of ours is a line on stderr, or one for each mistake; exit code 2 for misuse, else 1."""
     try:
         yield
     except (LoramillError, SyncError) as error:
         if debug:
             raise
-        for line in str(error).splitlines():
-            typer.echo(f"loramill: {line}", err=True)
+        mistakes = getattr(error, "mistakes", [str(error)])
+        for mistake in mistakes:
+            typer.echo(f"loramill: {' '.join(mistake.split())}", err=True)
         misuse = isinstance(error, SettingsError | InvalidMessage)
         raise typer.Exit(MISUSED if misuse else FAILED) from None
 

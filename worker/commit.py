@@ -71,7 +71,10 @@ class Committer:
         return _part(body, stored)
 
     async def commit(self, job: Job, part: Part, started_at: float) -> Manifest | None:
-        """Write the manifest of a job whose results are committed; None if it was there already."""
+        """Write the manifest of a job whose results are committed; None if it was there already.
+
+        Raises JobIdReused as above.
+        """
         manifest = summarize(
             job,
             [part],
@@ -79,7 +82,10 @@ class Committer:
             finished_at=self._clock(),
             **msgspec.structs.asdict(self._provenance),
         )
-        return manifest if await self._commit_manifest(job.output, manifest) else None
+        if await self._commit_manifest(job.output, manifest):
+            return manifest
+        await self.is_committed(job)  # for its exception: whose is the manifest that is there?
+        return None
 
     async def fail(
         self, job_id: str, output: Output, failure: Failure, created_at: float, job: Job | None

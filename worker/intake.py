@@ -13,7 +13,8 @@ from worker.transport.queue import Queue
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 20.0
+POLL_SECONDS = 10.0
+"""SIGTERM waits for the poll under way, so polls are shorter than the longest that SQS has."""
 _MAX_MESSAGES = 10
 _RETRY_SECONDS = 2.0
 
@@ -34,7 +35,7 @@ class Intake:
         *,
         rows_in_flight: Callable[[], int],
         max_rows: int,
-        poll_seconds: float = _POLL_SECONDS,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._queue = queue
         self._keeper = keeper
@@ -46,12 +47,14 @@ class Intake:
         self._tasks: set[asyncio.Task[None]] = set()
         self._something_ended = asyncio.Event()
         self._failure: EngineFailed | None = None
+        self._polled = False
         self.last_busy = time.monotonic()
         """When a message was last seen or at work."""
 
     @property
     def idle_seconds(self) -> float:
-        return 0.0 if self._tasks else time.monotonic() - self.last_busy
+        """For how long the queue has been seen empty; 0 while work is at hand or nothing is known."""
+        return 0.0 if self._tasks or not self._polled else time.monotonic() - self.last_busy
 
     async def run(self, stop: asyncio.Event) -> None:
         """Poll until `stop` is set. Raises EngineFailed when a delivery met it, QueueRefused from the queue.
@@ -62,10 +65,11 @@ class Intake:
         while not stop.is_set():
             if self._failure is not None:
                 raise self._failure
-            if self._rows_in_flight() >= self._max_rows or len(self._tasks) >= self._max_rows:
+            room = self._max_rows - max(self._rows_in_flight(), len(self._tasks))
+            if room <= 0:
                 await self._until_something_ends(stop)
                 continue
-            for lease in await self._poll():
+            for lease in await self._poll(min(_MAX_MESSAGES, room)):
                 if stop.is_set():
                     await _return(lease)
                 else:
@@ -95,13 +99,15 @@ class Intake:
         await asyncio.gather(*left, return_exceptions=True)
         return not left
 
-    async def _poll(self) -> list[Lease]:
+    async def _poll(self, limit: int) -> list[Lease]:
         try:
-            deliveries = await self._queue.receive(_MAX_MESSAGES, self._poll_seconds)
+            deliveries = await self._queue.receive(limit, self._poll_seconds)
         except QueueUnavailable as exc:
+            self.last_busy = time.monotonic()  # nobody knows whether the queue is empty
             logger.warning("the queue cannot be polled: %s", exc)
             await asyncio.sleep(_RETRY_SECONDS)
             return []
+        self._polled = True
         if deliveries:
             self.last_busy = time.monotonic()
         self._metrics.received.inc(len(deliveries))

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -14,6 +15,16 @@ from worker.engine.tokenizer import Tokenizer
 from worker.errors import EngineFailed, Expired, RowError
 from worker.jobs import AdapterKey, Completion, InferenceRequest, Job, Row, RowResult, TokenDetail
 from worker.wire.checks import failure_of
+
+
+class Hold:
+    """The rows of a job that is at work, and how many of them have no result yet."""
+
+    __slots__ = ("job", "left")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.left = len(job.rows)
 
 
 class RowRunner:
@@ -34,29 +45,41 @@ class RowRunner:
         self._max_at_once = max_at_once
         self._clock = clock
         self._numbers = itertools.count()
-        self.in_flight = 0
-        """Rows of the jobs at work that have no result yet."""
+        self._holds: set[Hold] = set()
 
-    async def run(self, job: Job) -> list[RowResult]:
+    @property
+    def in_flight(self) -> int:
+        """Rows of the jobs at work that have no result yet."""
+        return sum(hold.left for hold in self._holds)
+
+    @contextmanager
+    def hold(self, job: Job) -> Iterator[Hold]:
+        """Count the rows of `job` as at work from now to the end of the block."""
+        hold = Hold(job)
+        self._holds.add(hold)
+        try:
+            yield hold
+        finally:
+            self._holds.discard(hold)
+
+    async def run(self, hold: Hold) -> list[RowResult]:
         """A result for every row, in order. Raises EngineFailed; a row's own failure is in its result."""
-        results: list[RowResult] = []
-        self.in_flight += len(job.rows)
+        job, results = hold.job, list[RowResult]()
+        rows = iter(job.rows)
         try:
             async with asyncio.TaskGroup() as group:
-                rows = iter(job.rows)
                 for number in range(min(len(job.rows), self._max_at_once)):
-                    group.create_task(self._take(job, rows, results), name=f"rows-{number}-{job.id}")
+                    group.create_task(self._take(hold, rows, results), name=f"rows-{number}-{job.id}")
         except BaseExceptionGroup as error:
             raise _cause(error) from error
-        finally:
-            self.in_flight -= len(job.rows) - len(results)
+        if len(results) < len(job.rows):  # a group does not mind if its tasks are cancelled
+            raise EngineFailed(f"{len(job.rows) - len(results)} rows of job {job.id} were dropped")
         return sorted(results, key=lambda result: result.row.index)
 
-    async def _take(self, job: Job, rows: Iterator[Row], results: list[RowResult]) -> None:
+    async def _take(self, hold: Hold, rows: Iterator[Row], results: list[RowResult]) -> None:
         for row in rows:
-            result = await self._run(job, row)
-            results.append(result)
-            self.in_flight -= 1
+            results.append(await self._run(hold.job, row))
+            hold.left -= 1
 
     async def _run(self, job: Job, row: Row) -> RowResult:
         if row.failure is not None:

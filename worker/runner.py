@@ -14,11 +14,11 @@ import msgspec
 
 from worker import wire
 from worker.commit import Committer
-from worker.errors import EngineFailed, JobError, JobIdReused, LeaseLost, LoramillError
+from worker.errors import EngineFailed, JobError, JobIdReused, LeaseLost, LoramillError, QueueRefused
 from worker.jobs import Delivery, Failure, Job
 from worker.metrics import Metrics
-from worker.rows import RowRunner
-from worker.transport.lease import Lease
+from worker.rows import Hold, RowRunner
+from worker.transport.lease import Lease, LeaseState
 from worker.wire.checks import failure_of
 from worker.wire.manifest import Manifest
 
@@ -59,39 +59,45 @@ class Runner:
     async def handle(self, lease: Lease) -> None:
         """See one delivery through, and end its lease.
 
-        Raises EngineFailed when the process cannot go on; then, and when this is cancelled, the message
-        is given back at once.
+        The message is decoded, and its rows count as at work, before the first await. Raises EngineFailed
+        when the process cannot go on; then, and when this is cancelled, the message is given back at once.
         """
+        try:
+            job = self._decode(lease.delivery)
+        except JobError as error:
+            await self._end(lease, self._reject(lease.delivery, error))
+        else:
+            with self._rows.hold(job) as hold:
+                await self._end(lease, self._run(hold, lease.delivery))
+
+    async def _end(self, lease: Lease, work: Coroutine[Any, Any, str]) -> None:
+        """Do the work of a delivery, and end its lease as the outcome says."""
         delivery = lease.delivery
         fields = {"message_id": delivery.message_id, "receive_count": delivery.receive_count}
         started = time.monotonic()
+        outcome = "released"
         try:
-            outcome = await _unless_lost(lease, self._process(delivery))
+            outcome = await _unless_lost(lease, work)
             await lease.ack()
         except LeaseLost:
             outcome = "lost"
             logger.warning("the lease was lost: nothing is acked", extra=fields)
-        except (EngineFailed, asyncio.CancelledError):
+        except (EngineFailed, asyncio.CancelledError) as exc:
+            outcome = "released"
+            await self._last_words(delivery, exc)
             await _release(lease, 0)
-            self._metrics.messages.labels("released").inc()
             raise
         except Exception as exc:  # the top of a delivery: log, count, give it back
             outcome = "released"
-            expected = isinstance(exc, LoramillError)
-            logger.warning(
-                "the message is given back: %s", exc, extra=fields, exc_info=None if expected else exc
-            )
-            await self._give_back(lease, exc)
-        self._metrics.messages.labels(outcome).inc()
+            unexpected = None if isinstance(exc, LoramillError) else exc
+            logger.warning("the message is given back: %s", exc, extra=fields, exc_info=unexpected)
+            await self._last_words(delivery, exc)
+            await _release(lease, backoff_seconds(delivery.receive_count))
+        finally:
+            await _release(lease, 0)  # for whatever cut the above short
+            self._metrics.messages.labels(outcome).inc()
         if outcome == "committed":
             self._metrics.job_seconds.observe(time.monotonic() - started)
-
-    async def _process(self, delivery: Delivery) -> str:
-        """Do everything but the ack; returns how the message ended, for the metric."""
-        try:
-            return await self._run(self._decode(delivery))
-        except JobError as exc:
-            return await self._reject(delivery, exc)
 
     def _decode(self, delivery: Delivery) -> Job:
         return wire.decode(
@@ -101,14 +107,21 @@ class Runner:
             now=self._clock(),
         )
 
-    async def _run(self, job: Job) -> str:
+    async def _run(self, hold: Hold, delivery: Delivery) -> str:
+        """Do everything but the ack; returns how the message ended, for the metric."""
+        try:
+            return await self._commit(hold)
+        except JobError as error:
+            return await self._reject(delivery, error)
+
+    async def _commit(self, hold: Hold) -> str:
+        job = hold.job
         if await self._committer.is_committed(job):
             return "duplicate"
         started_at = self._clock()
         part = await self._committer.part(job)
         if part is None:
-            results = await self._rows.run(job)
-            part = await self._committer.commit_part(job, wire.encode_rows(results))
+            part = await self._committer.commit_part(job, wire.encode_rows(await self._rows.run(hold)))
         manifest = await self._committer.commit(job, part, started_at)
         if manifest is None:
             return "duplicate"
@@ -141,16 +154,17 @@ class Runner:
         created_at = delivery.sent_at or self._clock()
         return await self._committer.fail(job_id, output, failure, created_at, job)
 
-    async def _give_back(self, lease: Lease, cause: Exception) -> None:
-        """Release with a back-off. Before the queue moves the message away, a manifest says so."""
-        delivery, last = lease.delivery, self._limits.max_receive_count
-        if last is not None and delivery.receive_count >= last:
-            failure = Failure("gave_up", f"The last of {last} attempts failed: {cause}", retryable=True)
-            try:
-                await self._fail_job(delivery, failure, self._decode(delivery))
-            except LoramillError as exc:
-                logger.warning("no failed manifest could be written: %s", exc)
-        await _release(lease, backoff_seconds(delivery.receive_count))
+    async def _last_words(self, delivery: Delivery, cause: BaseException) -> None:
+        """Before the queue moves the message away, say in a manifest that nobody will try again."""
+        last = self._limits.max_receive_count
+        if last is None or delivery.receive_count < last:
+            return
+        why = "the worker was stopped" if isinstance(cause, asyncio.CancelledError) else str(cause)
+        failure = Failure("gave_up", f"The last of {last} attempts failed: {why}", retryable=True)
+        try:
+            await self._fail_job(delivery, failure, self._decode(delivery))
+        except LoramillError as exc:
+            logger.warning("no failed manifest could be written: %s", exc)
 
     def _count_rows(self, manifest: Manifest) -> None:
         self._metrics.rows.labels("completed").inc(manifest.request_counts.completed)
@@ -180,7 +194,12 @@ async def _unless_lost(lease: Lease, work: Coroutine[Any, Any, str]) -> str:
 
 
 async def _release(lease: Lease, delay_seconds: int) -> None:
+    """Give the message back, unless the lease has ended."""
+    if lease.state is not LeaseState.OPEN:
+        return
     try:
         await lease.release(delay_seconds)
     except LeaseLost:
         logger.info("the lease was lost before it could be given back")
+    except QueueRefused as exc:
+        logger.warning("the message could not be given back: %s", exc)

@@ -314,8 +314,9 @@ def read_settings(
     flags: Mapping[str, object] | None = None,
     properties: str | None = None,
     known: Collection[str] = (),
+    required: Collection[str] = (),
 ) -> Settings:
-    """Read every setting, or raise SettingsError with every mistake.
+    """Read every setting, or raise SettingsError with every mistake; a `required` one not set is a mistake.
 
     `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
@@ -326,6 +327,7 @@ def read_settings(
     if reading.values["model"] is None:
         reading.values["model"] = reading.values["model_id"]
     settings = Settings(**reading.values)
+    mistakes += settings.require(*(name for name in required if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
     if mistakes:
         raise SettingsError(mistakes)

@@ -1,6 +1,8 @@
 """Messages that can never become a job, one of every kind, and what is owed to each."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 MAX_ROWS = 50
@@ -12,7 +14,7 @@ class Malformed(NamedTuple):
     """`letter`: a dead letter named by the message's id; `manifest`: a failed manifest under `job_id`."""
     job_id: str | None = None
     """None: the message's own id."""
-    attributes: dict[str, str] = {}
+    attributes: Mapping[str, str] = MappingProxyType({})
     says: str = ""
     """A word of the reason."""
 
@@ -49,7 +51,9 @@ MALFORMED = {
         _job(output={"uri": "s3://out/jobs/", "format": "openai"}), "letter", says="not supported"
     ),
     "adapters-length": Malformed(_job(id="m-adapters", adapters=["a", "b"]), "manifest", "m-adapters"),
-    "parameters-kind": Malformed(_job(id="m-params", parameters=3), "manifest", "m-params", says="parameters"),
+    "parameters-kind": Malformed(
+        _job(id="m-params", parameters=3), "manifest", "m-params", says="parameters"
+    ),
     "ids-repeated": Malformed(
         _job(id="m-ids", inputs=["x", "y"], ids=["1", "1"]), "manifest", "m-ids", says="unique"
     ),

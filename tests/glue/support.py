@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -12,6 +13,7 @@ from worker import wire
 from worker.commit import Committer, Provenance
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
 from worker.metrics import Metrics
+from worker.rows import Hold, RowRunner
 from worker.runner import JobLimits, Runner
 from worker.transport.lease import Lease, LeaseKeeper
 from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
@@ -28,6 +30,13 @@ Hook = Callable[[str], Awaitable[None]]
 
 class Died(BaseException):
     """The process ends here: nothing of ours handles this."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads bring about: a fixed number of turns of the loop is not enough for that."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (there is no event to wait for)
+            await asyncio.sleep(0.001)
 
 
 async def nothing(_: str) -> None:
@@ -108,7 +117,12 @@ class EchoRows:
         self.cancelled = 0
         self.in_flight = 0
 
-    async def run(self, job: Job) -> list[RowResult]:
+    @contextmanager
+    def hold(self, job: Job) -> Iterator[Hold]:
+        yield Hold(job)
+
+    async def run(self, hold: Hold) -> list[RowResult]:
+        job = hold.job
         try:
             await self.hook("run?")
             self.computed += [f"{job.id}/{row.index}" for row in job.rows]
@@ -117,6 +131,12 @@ class EchoRows:
             self.cancelled += 1
             raise
         return [echo(row) for row in job.rows]
+
+
+async def run_rows(rows: RowRunner, job: Job) -> list[RowResult]:
+    """All results of a job by itself."""
+    with rows.hold(job) as hold:
+        return await rows.run(hold)
 
 
 def echo(row: Row) -> RowResult:

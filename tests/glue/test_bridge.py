@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapters_sync.layout import AdapterFolder, resolve
-from tests.glue.support import make_job
+from tests.glue.support import make_job, run_rows, until
 from worker.adapters import AdapterDirectory
 from worker.app import Core, build_core
 from worker.bridge import Bridge
@@ -55,11 +55,6 @@ def request(
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 def users(core: Core) -> int:
@@ -210,9 +205,7 @@ def test_a_broken_engine_tells_everybody(core, adapters, monkeypatch):
         async with Bridge(core.engine, core.store) as bridge:
             waiting = asyncio.create_task(bridge.wait())
             submitted = [
-                asyncio.create_task(
-                    bridge.submit(request(core, str(n), "x", adapter, params=LONG), adapter)
-                )
+                asyncio.create_task(bridge.submit(request(core, str(n), "x", adapter, params=LONG), adapter))
                 for n, adapter in enumerate([None, *adapters])
             ]
             await until(lambda: len(bridge._flights) == 4)
@@ -277,7 +270,7 @@ def test_closing_ends_those_who_wait_for_room(core, adapters, monkeypatch):
                 for n, adapter in enumerate(adapters)
             ]
             await until(lambda: len(bridge._flights) == 3 and len(bridge._waiting_for_room) == 3)
-        done, waiting = await asyncio.wait(tasks, timeout=2)
+        _, waiting = await asyncio.wait(tasks, timeout=2)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -293,7 +286,7 @@ def test_a_job_whose_engine_goes_away_has_no_results_rather_than_fewer(core, tmp
         async with Bridge(core.engine, core.store) as bridge:
             rows = RowRunner(bridge, core.base.tokenizer, AdapterDirectory(tmp_path, 0.0), max_at_once=4)
             job = make_job(inputs=["x"] * 6, parameters={"max_new_tokens": 100, "ignore_eos": True})
-            running = asyncio.create_task(rows.run(job))
+            running = asyncio.create_task(run_rows(rows, job))
             await until(lambda: len(bridge._flights) == 4)
         (outcome,) = await asyncio.gather(running, return_exceptions=True)
         assert isinstance(outcome, EngineFailed | asyncio.CancelledError), f"{len(outcome)} results of 6"
@@ -328,7 +321,7 @@ def test_rows_of_a_job_come_back_in_order_whoever_ends_first(core, adapters, ada
                 }
                 for n in range(24)
             ]
-            results = await rows.run(make_job(inputs=inputs))
+            results = await run_rows(rows, make_job(inputs=inputs))
             assert [result.row.index for result in results] == list(range(24))
             versions = {folder.name: folder.version for folder in adapters}
             for result in results:

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 
 from tests.glue.malformed import MALFORMED, Malformed
-from tests.glue.support import DEAD, PREFIX, VISIBILITY, Died, World, body_of, make_job, nothing
+from tests.glue.support import (
+    DEAD,
+    PREFIX,
+    VISIBILITY,
+    Died,
+    World,
+    body_of,
+    make_job,
+    nothing,
+    run_rows,
+    until,
+)
 from worker.adapters import AdapterDirectory
 from worker.errors import EngineFailed, LeaseLost, QueueRefused, QueueUnavailable, StoreUnavailable
 from worker.jobs import Completion, FinishReason, InferenceRequest
@@ -263,13 +274,6 @@ def row_runner(world: World, bridge: Any, *, max_at_once: int = 8, folder: Path 
     return RowRunner(bridge, tokenizer, adapters, max_at_once=max_at_once, clock=world.clock)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Rows are encoded on other threads, so that a fixed number of turns of the loop is not enough."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def test_a_lost_lease_drops_its_requests_from_the_engine():
     async def scenario() -> None:
         world, bridge = World(), HangingBridge()
@@ -293,7 +297,7 @@ def test_at_most_so_many_rows_of_a_job_are_with_the_engine():
     async def scenario() -> None:
         world, bridge = World(), HangingBridge()
         world.rows = row_runner(world, bridge, max_at_once=2)
-        running = asyncio.create_task(world.rows.run(make_job(inputs=["x"] * 9)))
+        running = asyncio.create_task(run_rows(world.rows, make_job(inputs=["x"] * 9)))
         await until(lambda: len(bridge.requests) == 2)
         for _ in range(50):
             await asyncio.sleep(0)
@@ -598,7 +602,7 @@ def test_sampled_rows_get_a_seed_that_a_second_attempt_repeats():
         world, bridge = World(), HangingBridge()
         runner = row_runner(world, bridge)
         job = make_job(inputs=["x", "x"], parameters={"do_sample": True})
-        running = asyncio.create_task(runner.run(job))
+        running = asyncio.create_task(run_rows(runner, job))
         await until(lambda: len(bridge.requests) == 2)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -16,7 +16,7 @@ before it (a leading space, half a character)."""
 
 
 class Tokenizer:
-    """`encode` may be called from any thread; the rest from the engine's."""
+    """May be used from any thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

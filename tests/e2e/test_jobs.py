@@ -1,0 +1,145 @@
+"""Jobs through one running worker, with the mirror inside it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.e2e.conftest import PREFIX, Mill, Process, Queue, wait_until
+from tests.glue.malformed import MALFORMED
+
+PROMPTS = ["The first line", "b", "Something longer than the others, by far."]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def queue(mill: Mill) -> Queue:
+    return mill.queue()
+
+
+@pytest.fixture(scope="module")
+def worker(mill: Mill, queue: Queue, versions: dict[str, str]) -> Iterator[Process]:
+    """Less room for adapters than there are adapters."""
+    flags = ["--max-loras", "2", "--max-cpu-loras", "2", "--max-num-seqs", "4", "--max-rows-per-job", "50"]
+    with mill.worker("--sync", *flags, LORAMILL_QUEUE_URL=queue.url) as process:
+        process.wait_ready()
+        yield process
+
+
+def enqueue(mill: Mill, queue: Queue, *arguments: str) -> list[dict[str, Any]]:
+    """A job by the command, waited for; its result lines."""
+    done = mill.run("enqueue", *arguments, "--wait", "60", LORAMILL_QUEUE_URL=queue.url)
+    assert done.returncode == 0, done.stderr
+    job_id, *lines = done.stdout.splitlines()
+    assert mill.manifest(job_id)
+    return [json.loads(line) for line in lines]
+
+
+def expected(base: Path, adapter: Path | None, prompts: list[str]) -> list[tuple[list[int], str]]:
+    """Tokens and text that PEFT itself makes of each prompt."""
+    tokenizer = tiny.tokenizer()
+    generated = tiny.peft_generate(base, adapter, [tokenizer.encode(text) for text in prompts], TOKENS)
+    return [(tokens, tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in generated]
+
+
+def assert_says(line: dict[str, Any], tokens: list[int], text: str) -> None:
+    assert line["error"] is None
+    assert [token["id"] for token in line["details"]["tokens"]] == tokens
+    assert line["generated_text"] == text
+    assert line["usage"]["completion_tokens"] == len(tokens)
+
+
+def test_mixed_job_says_what_peft_says(mill, queue, worker, base, adapter_paths, versions, tmp_path):
+    names = [None, *adapter_paths]
+    rows = [(name, text) for text in PROMPTS for name in names]
+    lines = [{"id": f"{name}/{text}", "input": text, "adapter": name} for name, text in rows]
+    lines.append({"id": "nobody", "input": "x", "adapter": "nobody"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parameters = ["-p", f"max_new_tokens={TOKENS}", "-p", "details=true"]
+    *results, nobody = enqueue(mill, queue, "--file", str(file), *parameters, "--id", "mixed")
+
+    wanted = {}
+    for name in names:
+        for text, answer in zip(PROMPTS, expected(base, adapter_paths.get(name), PROMPTS), strict=True):
+            wanted[name, text] = answer
+    assert len({text for _, text in wanted.values()}) > len(wanted) // 2
+    for (name, text), line in zip(rows, results, strict=True):
+        assert (line["id"], line["adapter"]) == (f"{name}/{text}", name or "")
+        assert line["adapter_version"] == versions.get(name)
+        assert_says(line, *wanted[name, text])
+    assert nobody["error"]["code"] == "adapter_not_found"
+    assert nobody["generated_text"] is None
+
+    manifest = mill.manifest("mixed")
+    assert manifest["status"] == "completed_with_errors"
+    assert manifest["request_counts"] == {"total": 13, "completed": 12, "failed": 1}
+    assert manifest["adapters"] == versions
+    wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
+
+
+def test_adapter_that_comes_or_changes_while_the_worker_runs_is_used(mill, queue, worker, base, tmp_path):
+    asked = ["hello", "-a", "late", "-p", f"max_new_tokens={TOKENS}", "-p", "details=true"]
+    texts = set()
+    for seed in (11, 12):
+        path = tiny.make_adapter(tmp_path / f"late{seed}", base, seed=seed, r=4, target_modules=tiny.MLP)
+        version = mill.push(path, "late")
+
+        def serves(version: str = version) -> dict[str, Any] | None:
+            (line,) = enqueue(mill, queue, *asked)
+            return line if line["adapter_version"] == version else None
+
+        line = wait_until(serves, f"version {version}", 30)
+        ((tokens, text),) = expected(base, path, ["hello"])
+        assert_says(line, tokens, text)
+        texts.add(text)
+    assert len(texts) == 2
+    assert worker.popen.poll() is None
+
+
+def test_malformed_messages_do_not_stop_the_worker_and_each_is_accounted_for(mill, queue, worker):
+    sent = {name: queue.send(_here(bad.body), bad.attributes) for name, bad in MALFORMED.items()}
+    (line,) = enqueue(mill, queue, "still here", "--id", "after")
+    assert line["error"] is None
+    wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
+    for name, message_id in sent.items():
+        bad = MALFORMED[name]
+        if bad.leaves == "manifest":
+            manifest = mill.manifest(bad.job_id or message_id)
+            assert manifest is not None, name
+            assert (manifest["status"], manifest["error"]["code"]) == ("failed", "invalid_message")
+            assert bad.says in manifest["error"]["message"], name
+        else:
+            letter = json.loads(mill.read(f"out/dead-letter/{message_id}.json"))
+            assert letter["body"] == _here(bad.body)
+    assert queue.dead == 0
+
+
+def test_attribute_names_the_adapter_of_every_row(mill, queue, worker, versions):
+    attributes = {"adapter": "red", "X-Amzn-SageMaker-Adapter-Identifier": "green"}
+    queue.send(attributes=attributes, id="attribute", inputs=["a", "b"], adapters="blue")
+    wait_until(lambda: mill.manifest("attribute"), "the manifest")
+    assert {line["adapter_version"] for line in mill.results("attribute")} == {versions["green"]}
+
+
+def test_the_running_worker_tells_of_itself(mill, queue, worker):
+    enqueue(mill, queue, "one more")
+    assert worker.get("/live") == (200, "live\n")
+    assert worker.get("/ready") == (200, "ready\n")
+    assert worker.metric('loramill_messages_total{outcome="committed"}') >= 1
+    assert worker.metric('loramill_messages_total{outcome="lost"}') == 0
+    assert worker.metric("loramill_ready ") == 1
+    assert "one more" not in worker.text, "prompts are not logged"
+
+
+def test_the_log_says_where_the_worker_listens_and_what_it_commits(mill, queue, worker):
+    enqueue(mill, queue, "one more")
+    assert {"listening", "model loaded", "ready", "job committed"} <= set(worker.said())
+
+
+def _here(body: str) -> str:
+    """A message of the glue tests, whose prefix is another."""
+    return body.replace("s3://out/jobs/", PREFIX)

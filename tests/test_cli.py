@@ -1,0 +1,266 @@
+"""The command line: exit codes, readable mistakes, and what is imported for what."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from worker import client
+from worker.cli import app
+
+QUEUE = "http://127.0.0.1:1/queue"
+OUT = "s3://bucket/out/"
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process, with no settings but the given ones."""
+    for name in [name for name in os.environ if name.startswith(("LORAMILL_", "OPTION_"))]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments: Any, stdin: bytes | None = None, **environ: str) -> Result:
+        return CliRunner().invoke(app, list(map(str, arguments)), input=stdin, env=environ)
+
+    return run
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What was put on which queue."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    async def send(queue_url: str, body: str) -> None:
+        found.append((queue_url, json.loads(body)))
+
+    monkeypatch.setattr(client, "send_job", send)
+    return found
+
+
+def assert_misuse(result: Result, *lines: str) -> None:
+    """Exit code 2 and, on stderr, these lines alone; each line is given as a beginning."""
+    assert result.exit_code == 2, result.output
+    said = result.stderr.splitlines()
+    assert [f"loramill: {line}" for line in lines] == [
+        one[: len(f"loramill: {line}")] for one, line in zip(said, lines, strict=True)
+    ], said
+    assert result.stdout == ""
+
+
+def test_no_command_shows_the_help(cli):
+    result = cli()
+    assert result.exit_code == 2
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("command", ["worker", "sync", "push", "enqueue", "demo"])
+def test_every_command_explains_itself(cli, command):
+    result = cli(command, "--help", COLUMNS="200")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+    assert command in cli("--help").stdout
+
+
+def test_every_setting_is_a_flag_of_the_worker(cli):
+    from adapters_sync.settings import describe
+    from worker.settings import Settings
+
+    text = cli("worker", "--help", COLUMNS="250").stdout
+    assert [info.flag for info in describe(Settings) if info.flag not in text] == []
+
+
+def test_unknown_option_and_unknown_command_are_misuse(cli):
+    for arguments in (["worker", "--no-such"], ["nonsense"], ["push"], ["demo", "too", "much"]):
+        result = cli(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "Traceback" not in result.output
+
+
+def test_a_bad_setting_is_named_with_its_value_and_its_limit(cli):
+    result = cli("worker", "--max-num-seqs", "0")
+    assert_misuse(
+        result,
+        "model: required",
+        "queue_url: required",
+        "output_prefixes: required",
+        "max_num_seqs: '0' (from --max-num-seqs) must be at least 1",
+    )
+
+
+def test_every_mistake_is_told_at_once(cli):
+    result = cli(
+        "worker",
+        "--max-loras",
+        "many",
+        LORAMILL_QUEUE_URL="not a url",
+        LORAMILL_OUTPUT_PREFIXES="s3://no-slash",
+        LORAMILL_MAX_LORA="4",
+        OPTION_NONSENSE="1",
+    )
+    assert result.exit_code == 2
+    said = result.stderr
+    for name in ("max_loras", "queue_url", "output_prefixes", "LORAMILL_MAX_LORA", "OPTION_NONSENSE"):
+        assert sum(line.startswith(f"loramill: {name}:") for line in said.splitlines()) == 1, said
+    assert "the nearest known one is LORAMILL_MAX_LORAS" in said
+
+
+def test_what_is_missing_is_told_with_what_is_wrong(cli):
+    result = cli("worker", "--max-loras", "0")
+    assert result.exit_code == 2
+    told = {line.split(":")[1].strip() for line in result.stderr.splitlines()}
+    assert told == {"max_loras", "model", "queue_url", "output_prefixes"}
+
+
+def test_worker_says_which_required_settings_are_missing(cli):
+    assert_misuse(
+        cli("worker"),
+        "model: required, and not set; set LORAMILL_MODEL or --model",
+        "queue_url: required, and not set; set LORAMILL_QUEUE_URL or --queue-url",
+        "output_prefixes: required, and not set; set LORAMILL_OUTPUT_PREFIXES or --output-prefixes",
+    )
+
+
+def test_a_secret_is_not_shown_among_the_mistakes(cli):
+    result = cli("worker", "--http-token", "s3cret", "--max-loras", "0", LORAMILL_HTTP_HOST="0.0.0.0")
+    assert result.exit_code == 2
+    assert "s3cret" not in result.output
+
+
+def test_mistakes_in_serving_properties_count_too(cli, tmp_path):
+    (tmp_path / "serving.properties").write_text("option.max_loras=0\noption.nonsense=1\n")
+    result = cli("worker", "--model", tmp_path, "--queue-url", QUEUE, "--output-prefixes", OUT)
+    assert result.exit_code == 2
+    assert "option.max_loras in serving.properties" in result.stderr
+    assert "option.nonsense: unknown key" in result.stderr
+
+
+def test_enqueue_takes_prompts_as_arguments(cli, sent):
+    result = cli("enqueue", "one", "two", "--queue-url", QUEUE, "--id", "j", "-a", "red", "-p", "seed=7")
+    assert (result.exit_code, result.stdout) == (0, "j\n")
+    ((url, body),) = sent
+    assert url == QUEUE
+    assert body["inputs"] == ["one", "two"]
+    assert (body["id"], body["adapters"], body["parameters"]) == ("j", "red", {"seed": 7})
+    assert "output" not in body
+
+
+def test_enqueue_gives_every_job_a_new_id(cli, sent):
+    ids = {cli("enqueue", "x", "--queue-url", QUEUE).stdout.strip() for _ in range(3)}
+    assert ids == {body["id"] for _, body in sent}
+    assert len(ids) == 3
+
+
+def test_enqueue_takes_an_adapter_for_each_row(cli, sent):
+    assert cli("enqueue", "a", "b", "-a", "red", "-a", "", "--queue-url", QUEUE).exit_code == 0
+    assert sent[0][1]["adapters"] == ["red", ""]
+
+
+def test_enqueue_sends_results_to_the_first_output_prefix_or_where_it_is_told(cli, sent):
+    prefixes = {"LORAMILL_OUTPUT_PREFIXES": f"{OUT},s3://other/"}
+    cli("enqueue", "x", "--queue-url", QUEUE, **prefixes)
+    cli("enqueue", "x", "--queue-url", QUEUE, "--output", "s3://other/there", **prefixes)
+    assert [body["output"]["uri"] for _, body in sent] == [OUT, "s3://other/there"]
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_enqueue_takes_rows_from_json_lines(cli, sent, tmp_path, source):
+    lines = (
+        '{"input": "ä", "adapter": "red"}\n\n"just text"\r\n{"messages": [{"role": "user", "content": "x"}]}'
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines, encoding="utf-8")
+    name = file if source == "file" else "-"
+    result = cli("enqueue", "--file", name, "--queue-url", QUEUE, stdin=lines.encode())
+    assert result.exit_code == 0, result.output
+    ((_, body),) = sent
+    assert body["inputs"] == [
+        {"input": "ä", "adapter": "red"},
+        "just text",
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "give either prompts or --file"),
+        (["x", "--file", "-"], "give either prompts or --file"),
+        (["--file", "/no/such"], "--file /no/such: No such file or directory"),
+        (["--file", "-"], "--file -, line 2: Input data was truncated"),
+        (["x", "-p", "seed"], "--parameter 'seed' is not of the form NAME=JSON"),
+        (["x", "-p", "seed=seven"], "--parameter seed: 'seven' is not JSON"),
+        (["x", "-p", "seed=-1"], "row 0: parameter seed is -1; it must be a whole number from 0"),
+        (["x", "-p", "sead=1"], "row 0: parameter 'sead' is unknown; the nearest known one is seed"),
+        (["x", "-p", "seed=\udcff"], "--parameter seed: "),
+        (["x", "--id", "a/b"], "id is 'a/b'; it must be"),
+        (["x", "y", "z", "-a", "1", "-a", "2"], "Number of adapters is not equal to the number of inputs"),
+        (["x", "--output", "there"], "output.uri is 'there"),
+        (["\udcff"], "the job cannot be written as JSON"),
+        (["x" * 1_100_000], "the message would have"),
+        (["x", "--wait", "1"], "--wait: say where the results go"),
+    ],
+)
+def test_enqueue_refuses_what_a_worker_would(cli, sent, arguments, line):
+    result = cli("enqueue", *arguments, "--queue-url", QUEUE, stdin=b'"fine"\n{"input": \n')
+    assert_misuse(result, line)
+    assert sent == []
+
+
+def test_enqueue_refuses_a_file_that_is_not_utf_8_or_empty(cli, sent, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'"\xff"\n')
+    assert_misuse(cli("enqueue", "--file", file, "--queue-url", QUEUE), f"--file {file}, line 1: ")
+    file.write_bytes(b"\n\n")
+    assert_misuse(cli("enqueue", "--file", file, "--queue-url", QUEUE), "inputs has 0 rows")
+
+
+def test_enqueue_needs_a_queue(cli):
+    assert_misuse(cli("enqueue", "x"), "queue_url: required, and not set")
+
+
+def test_a_queue_that_cannot_be_reached_is_exit_code_1_and_one_line(cli, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    result = cli("enqueue", "x", "--queue-url", QUEUE)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("loramill: ")
+
+
+def test_debug_shows_the_traceback(cli):
+    result = cli("worker", "--max-loras", "0", "--debug")
+    assert result.exception is not None
+    assert type(result.exception).__name__ == "SettingsError"
+
+
+def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["sync", "push", "enqueue", "worker"])
+def test_help_needs_no_torch(command):
+    code = "import sys; sys.modules['torch'] = None; from worker.cli import main; main()"
+    done = _python(code, command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_importing_the_command_imports_no_torch():
+    code = "import sys, worker.cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = _python(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
