@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 
 from adapters_sync import cli as sync_cli
 from adapters_sync import logs
@@ -113,7 +114,9 @@ def enqueue(
         asyncio.run(send_job(str(settings.queue_url), body))
         typer.echo(job_id)
         if wait is not None and output is not None:
-            for line in asyncio.run(wait_for_results(output, job_id, wait)):
+            with Console(stderr=True).status("waiting for the results"):
+                lines = asyncio.run(wait_for_results(output, job_id, wait))
+            for line in lines:
                 typer.echo(line)
 
 
