@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import transformers
 from prometheus_client import CollectorRegistry
 
 from adapters_sync.inventory import Limits
@@ -133,6 +134,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
 
 def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
     base = load_base_model(
         weights,
