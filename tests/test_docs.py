@@ -79,7 +79,7 @@ def test_the_message_is_one_that_the_worker_takes() -> None:
     body = blocks("json")[0]
     delivery = Delivery(message_id="m", body=body, receipt="r")
     job = wire.decode(delivery, output_prefixes=["s3://bucket/results/"], max_rows=10, now=0.0)
-    assert [row.adapter for row in job.rows] == ["pirate", None]
+    assert [row.adapter for row in job.rows] == ["pirate", "robot"]
     assert not any(row.failure for row in job.rows)
     assert wire.result_uri(job) in README.read_text()
 

@@ -6,7 +6,14 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from adapters_sync.layout import AdapterFolder, AdapterState, MirrorPaths, read_state, resolve
+from adapters_sync.layout import (
+    AdapterFolder,
+    AdapterState,
+    MirrorPaths,
+    is_adapter_name,
+    read_state,
+    resolve,
+)
 from worker.errors import AdapterInvalid, AdapterNotFound
 
 _LOOK_EVERY_SECONDS = 0.25
@@ -39,20 +46,26 @@ class AdapterDirectory:
         self._given_up: dict[str, float] = {}
         """Names that were waited for in vain, with the time from which on it is worth another wait."""
 
-    async def find(self, name: str) -> AdapterFolder:
-        """The current version. Raises AdapterNotFound, or AdapterInvalid with the mirror's reason."""
+    async def find(self, name: str, waited_seconds: float = 0.0) -> AdapterFolder:
+        """The current version. Raises AdapterNotFound, or AdapterInvalid with the mirror's reason.
+
+        `waited_seconds` is taken off the wait: the caller has waited so long for other names.
+        """
         if self._folder is None:
             raise AdapterNotFound(f"Adapter {name} cannot be used: LoRA is not enabled")
         found = await asyncio.to_thread(resolve, self._folder, name)
         if found is not None:
             return found
-        if self._given_up.get(name, -math.inf) > self._clock():
+        if not is_adapter_name(name) or self._given_up.get(name, -math.inf) > self._clock():
             raise await self._not_there(name)
         wait = self._waits.get(name)
         if wait is None:
             wait = self._waits[name] = asyncio.create_task(self._wait(name), name=f"wait-for-{name}")
             wait.add_done_callback(lambda done: self._forget(name, done))
-        return await asyncio.shield(wait)
+        try:
+            return await asyncio.wait_for(asyncio.shield(wait), max(0.0, self._wait_seconds - waited_seconds))
+        except TimeoutError:
+            raise await self._not_there(name) from None
 
     async def _wait(self, name: str) -> AdapterFolder:
         assert self._folder is not None

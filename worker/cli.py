@@ -93,13 +93,20 @@ def enqueue(
             "--output", metavar="URI", help="Default: the first of OUTPUT_PREFIXES, else the worker's."
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put each PROMPT through the model's chat template, as a user says it."),
+    ] = False,
     wait: Annotated[
         float | None,
         typer.Option("--wait", metavar="SECONDS", help="Wait so long for the results, and print them."),
     ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Put a job on the queue and print its id; with --wait, print its result lines too."""
+    """Put a job on the queue and print its id; with --wait, print its result lines too.
+
+    With --wait the exit code is 1 when the job, or any of its rows, failed.
+    """
     with _readable_errors(debug):
         settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
         output = output or next(iter(settings.output_prefixes), None)
@@ -110,14 +117,17 @@ def enqueue(
         from worker.client import build_job, send_job, wait_for_results  # noqa: PLC0415 (the AWS SDK)
 
         job_id = job_id or uuid.uuid4().hex
-        body = build_job(_rows(prompts, file), adapter, _parameters(parameter), job_id, output)
+        body = build_job(_rows(prompts, file, chat=chat), adapter, _parameters(parameter), job_id, output)
         asyncio.run(send_job(str(settings.queue_url), body))
         typer.echo(job_id)
         if wait is not None and output is not None:
             with Console(stderr=True).status("waiting for the results"):
-                lines = asyncio.run(wait_for_results(output, job_id, wait))
+                manifest, lines = asyncio.run(wait_for_results(output, job_id, wait))
             for line in lines:
                 typer.echo(line)
+            if manifest.request_counts.failed:
+                counts = manifest.request_counts
+                raise LoramillError(f"{counts.failed} of {counts.total} rows failed: see their error")
 
 
 @app.command()
@@ -143,10 +153,12 @@ def main() -> None:
     app()
 
 
-def _rows(prompts: list[str] | None, file: str | None) -> list[Any]:
+def _rows(prompts: list[str] | None, file: str | None, *, chat: bool) -> list[Any]:
     """The inputs of a job, from arguments or from a file of JSON lines."""
     if bool(prompts) == bool(file):
         raise InvalidMessage("give either prompts or --file")
+    if file is None and chat:
+        return [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts or ()]
     if file is None:
         return list(prompts or ())
     try:

@@ -53,15 +53,18 @@ async def send_job(queue_url: str, body: str) -> None:
         await SqsQueue(clients, queue_url).send(body)
 
 
-async def wait_for_results(output: str, job_id: str, wait_seconds: float) -> list[str]:
-    """The result lines of a job once its manifest is there. Raises LoramillError if it failed, or is late."""
+async def wait_for_results(output: str, job_id: str, wait_seconds: float) -> tuple[wire.Manifest, list[str]]:
+    """A job's manifest, once it is there, and its result lines.
+
+    Raises LoramillError if the job as a whole failed, or is late.
+    """
     async with Clients() as clients:
         store = S3Store(clients)
         manifest = await wait_for_manifest(store, output, job_id, wait_seconds)
         if manifest.error is not None:
             raise LoramillError(f"job {job_id} failed: {manifest.error.message}")
         parts = [(await store.get(part.uri))[0] for part in manifest.outputs]
-    return [line for part in parts for line in part.decode().splitlines()]
+    return manifest, [line for part in parts for line in part.decode().split("\n") if line]
 
 
 async def wait_for_manifest(store: Store, output: str, job_id: str, wait_seconds: float) -> wire.Manifest:

@@ -121,13 +121,14 @@ class Committer:
         return wire.decode_manifest(body)
 
     async def _commit_manifest(self, output: Output, manifest: Manifest) -> bool:
-        """False when a final manifest was there already."""
+        """False when there is a manifest that this one may not replace."""
         uri, body = wire.manifest_uri(output, manifest.job_id), wire.encode_manifest(manifest)
         try:
             await self._store.put_if_absent(uri, body, _JSON)
         except ObjectExists:
             present = await self._manifest(output, manifest.job_id)
-            if present is not None and _is_final(present):
+            # What is not final replaces nothing: a late "gave up" must not cover a success.
+            if not _is_final(manifest) or (present is not None and _is_final(present)):
                 return False
             await self._store.put(uri, body, _JSON)
         return True

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from adapters_sync.layout import AdapterFolder
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
 from worker.engine.tokenizer import Tokenizer
@@ -20,11 +21,12 @@ from worker.wire.checks import failure_of
 class Hold:
     """The rows of a job that is at work, and how many of them have no result yet."""
 
-    __slots__ = ("job", "left")
+    __slots__ = ("began", "job", "left")
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.left = len(job.rows)
+        self.began = time.monotonic()
 
 
 class RowRunner:
@@ -78,10 +80,11 @@ class RowRunner:
 
     async def _take(self, hold: Hold, rows: Iterator[Row], results: list[RowResult]) -> None:
         for row in rows:
-            results.append(await self._run(hold.job, row))
+            results.append(await self._run(hold, row))
             hold.left -= 1
 
-    async def _run(self, job: Job, row: Row) -> RowResult:
+    async def _run(self, hold: Hold, row: Row) -> RowResult:
+        job = hold.job
         if row.failure is not None:
             return RowResult(row=row, failure=row.failure)
         version = None
@@ -90,7 +93,7 @@ class RowRunner:
                 raise Expired(
                     f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job"
                 )
-            adapter = None if row.adapter is None else await self._adapters.find(row.adapter)
+            adapter = await self._find(hold, row.adapter)
             version = None if adapter is None else adapter.version
             text, prompt = await asyncio.to_thread(self._encode, row)
             key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
@@ -98,6 +101,12 @@ class RowRunner:
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         return self._result(row, text, version, completion)
+
+    async def _find(self, hold: Hold, name: str | None) -> AdapterFolder | None:
+        """The rows of a job wait for missing adapters once, not each in its turn."""
+        if name is None:
+            return None
+        return await self._adapters.find(name, time.monotonic() - hold.began)
 
     def _encode(self, row: Row) -> tuple[str, tuple[int, ...]]:
         """The prompt as text and as tokens."""

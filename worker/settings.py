@@ -135,9 +135,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         ),
     ] = None
 
-    http_host: Annotated[str, Meta(description="Address of metrics, health, management and invocations.")] = (
-        "127.0.0.1"
-    )
+    http_host: Annotated[str, Meta(description="Address of /metrics, /live and /ready.")] = "127.0.0.1"
     http_port: Annotated[int, Meta(description="0 takes any free port.", ge=0, le=65_535)] = 8080
     http_token: Annotated[
         str | None,
@@ -158,7 +156,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     dtype: Annotated[
         _Dtype,
         Meta(
-            description="Type of the base model's weights; auto is the model's own.",
+            description="Type of the base model's weights; auto is float32 on a CPU, else the model's own.",
             extra={"option": "dtype", "aliases": _DTYPES},
         ),
     ] = "auto"

@@ -505,3 +505,38 @@ def test_scaling_is_folded_in_before_the_one_cast(stored, dtype, folder, targets
         assert a.dtype == b.dtype == dtype
         assert torch.equal(a, tensors[f"{prefix}A.weight"].to(dtype))
         assert torch.equal(b, (tensors[f"{prefix}B.weight"].float() * (0.3 / 4)).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": r"(\w+\.?)+!"},
+        {"exclude_modules": r"(\w+\.?)+!"},
+        {"rank_pattern": {r"(\w+\.?)+!": 2}},
+    ],
+)
+def test_pattern_that_would_never_end_is_refused(change, folder, targets, monkeypatch):
+    monkeypatch.setattr("worker.engine.adapter_config._MATCHING_SECONDS", 1.0)
+    change_config(folder, **change)
+    assert "takes more than 1 seconds to match" in refusal(folder, targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target_modules": "(" * 1000 + ")" * 1000}, "is not a regular expression"),
+        ({"target_modules": "q{99999999999999999999}"}, "is not a regular expression"),
+        ({"target_modules": "q" * 5000}, "5000 characters, the limit is 4096"),
+        ({"auto_mapping": "A" * (1 << 20)}, "more than 1048576 bytes"),
+    ],
+)
+def test_pattern_that_python_itself_chokes_on_is_refused(change, words, folder, targets):
+    change_config(folder, **change)
+    assert words in refusal(folder, targets)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_linked_file_is_refused_as_it_may_change_behind_the_version(name, folder, targets, tmp_path):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link" in refusal(folder, targets)

@@ -328,3 +328,11 @@ def test_several_engines_live_in_one_process(llama, tmp_path):
     other = tiny.make_base(tmp_path, "gpt2")
     names = {ModelRunner(load(folder), max_num_seqs=1)._attention.name for folder in (llama, other, llama)}
     assert len(names) == 3
+
+
+def test_window_that_the_attention_is_not_told_of_is_refused(llama, monkeypatch):
+    base = load(llama)
+    monkeypatch.setattr(base.model.config, "sliding_window", 20, raising=False)
+    with pytest.raises(ModelError, match="sliding_window 20 and does not tell its attention"):
+        ModelRunner(base, max_num_seqs=1)
+    ModelRunner(load(llama, max_model_len=20), max_num_seqs=1)

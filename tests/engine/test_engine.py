@@ -419,3 +419,8 @@ def test_step_without_work_reports_an_empty_step(harness):
     completions, stats = harness.engine.step()
     assert completions == []
     assert (stats.rows, stats.adapters, stats.prompt_tokens, stats.generated_tokens) == (0, 0, 0, 0)
+
+
+def test_token_that_the_model_does_not_know_is_that_rows_error(harness):
+    with pytest.raises(InvalidParameters, match="token 272, the base model knows 272 tokens"):
+        harness.engine.add(request("stray", [1, 272]))

@@ -281,8 +281,17 @@ def test_adapter_that_cannot_be_put_into_its_slot_fails_its_own_rows_only(
 # The end of the engine
 
 
-def test_three_rows_that_fail_alone_one_after_another_end_the_engine(harness, hook):
+def test_rows_that_fail_alone_one_after_another_do_not_end_an_engine_that_is_sound(harness, hook):
     hook(raise_on_poison)
+    for number in range(7):
+        assert_failed(harness.run([request(f"bad{number}", [POISON])])[f"bad{number}"])
+    alone = harness.run([request("good", PROMPTS[0])])["good"]
+    assert alone.failure is None
+
+
+def test_three_rows_that_fail_alone_end_an_engine_that_is_not_sound(harness, hook, monkeypatch):
+    hook(raise_on_poison)
+    monkeypatch.setattr(harness.runner, "is_sound", lambda: False)
     for number in range(2):
         assert_failed(harness.run([request(f"bad{number}", [POISON])])[f"bad{number}"])
     with pytest.raises(EngineFailed, match="3 rows failed one after another: poisoned"):

@@ -134,6 +134,15 @@ def test_a_name_that_never_comes_is_not_found_after_the_wait(folder):
     run(scenario)
 
 
+def test_time_already_waited_for_other_names_is_taken_off(folder):
+    async def scenario() -> None:
+        directory = AdapterDirectory(folder, 30.0, clock=ManualClock(), sleep=ManualClock().sleep)
+        with pytest.raises(AdapterNotFound, match="Adapter late is not registered"):
+            await directory.find("late", waited_seconds=31.0)
+
+    run(scenario)
+
+
 def test_a_folder_that_does_not_exist_yet_is_as_good_as_an_empty_one(tmp_path):
     async def scenario() -> None:
         with pytest.raises(AdapterNotFound):

@@ -210,6 +210,17 @@ def test_gave_up_is_replaced_by_a_later_success():
     asyncio.run(scenario())
 
 
+def test_a_late_gave_up_replaces_nothing_not_even_another():
+    async def scenario() -> None:
+        world, job = World(), make_job()
+        other = Failure("gave_up", "four times", retryable=True)
+        assert await fail(world, other, job)
+        assert not await fail(world, GAVE_UP, job)
+        assert world.manifest("j").error == other
+
+    asyncio.run(scenario())
+
+
 def test_gave_up_keeps_the_id_for_its_own_job():
     async def scenario() -> None:
         world = World()

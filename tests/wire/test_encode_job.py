@@ -24,10 +24,14 @@ def test_only_what_is_said_is_written():
     assert json.loads(wire.encode_job("x")) == {"version": 1, "inputs": "x"}
 
 
+NAMES = st.from_regex(r"\A([A-Za-z0-9][A-Za-z0-9._-]{0,20})?\Z")
+"""Adapter names, and "" for the base model."""
+
+
 @fuzzed
 @given(
     st.lists(TEXT, min_size=1, max_size=4).flatmap(
-        lambda inputs: st.tuples(st.just(inputs), st.lists(TEXT, min_size=len(inputs), max_size=len(inputs)))
+        lambda inputs: st.tuples(st.just(inputs), st.lists(NAMES, min_size=len(inputs), max_size=len(inputs)))
     ),
     st.dictionaries(TEXT, TEXT, max_size=3),
 )

@@ -212,3 +212,12 @@ def test_a_row_without_a_sound_id_fails_alone_even_where_its_place_is_taken():
     good, bad = rows({"inputs": [{"id": "1", "input": "x"}, {"id": 5, "input": "y"}]})
     assert (good.id, bad.id, bad.index) == ("1", "1", 1)
     assert bad.failure is not None
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "x" * 129, "é", "a" * 500_000])
+def test_name_that_no_adapter_can_have_fails_its_row_in_few_words(name):
+    good, bad = rows({"inputs": ["a", "b"], "adapters": ["", name]})
+    assert good.failure is None
+    assert bad.failure.code == "adapter_not_found"
+    assert len(bad.failure.message) < 400
+    assert bad.adapter == name[:128]

@@ -79,7 +79,7 @@ def start(step: Step, stack: ExitStack, model: Path) -> Services:
     }
     sync_port, worker_port = _free_port(), _free_port()
     sync_only = {"LORAMILL_SYNC_INTERVAL_SECONDS": "2"}
-    worker_only = {"LORAMILL_ADAPTER_WAIT_SECONDS": "2"}
+    worker_only = {"LORAMILL_ADAPTER_WAIT_SECONDS": "10"}
     sync = _spawn(stack, "sync", settings | sync_only | {"LORAMILL_HTTP_PORT": str(sync_port)}, folder)
     worker = _spawn(
         stack, "worker", settings | worker_only | {"LORAMILL_HTTP_PORT": str(worker_port)}, folder

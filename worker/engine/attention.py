@@ -52,8 +52,15 @@ class AttentionPlan:
     """
 
     def __init__(
-        self, rows: Sequence[tuple[list[int], int, int]], *, block_size: int, device: torch.device
+        self,
+        rows: Sequence[tuple[list[int], int, int]],
+        *,
+        block_size: int,
+        device: torch.device,
+        cached: bool = True,
     ) -> None:
+        self.cached = cached
+        """False neither reads nor writes the cache: whole prompts of two tokens or more only."""
         self._device = device
         self._block_size = block_size
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
@@ -68,8 +75,8 @@ class AttentionPlan:
                 decode.append((blocks, offset + 1))
             else:
                 assert not decode, "prefill rows come first"
-                cached = torch.tensor(own, device=device) if offset else None
-                self.chunks.append(Chunk(start, start + num_tokens, offset, cached))
+                known = torch.tensor(own, device=device) if offset else None
+                self.chunks.append(Chunk(start, start + num_tokens, offset, known))
             start += num_tokens
         self.num_tokens = start
         self.decode_start = start - len(decode)
@@ -232,7 +239,7 @@ class PackedAttention:
         if layer not in self.shapes:
             self._note(layer, key, value, sliding_window, others)
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-        cache = self._cache.get(layer)
+        cache = self._cache.get(layer) if plan.cached else None
         if cache is not None:
             for store, new in zip(cache, (key, value), strict=True):
                 store.index_copy_(0, plan.write, new[0].transpose(0, 1))

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 _PAGED_BLOCK_SIZE = 32
 _CPU_MEMORY_SHARE = 0.4
 _CUDA_MEMORY_SHARE = 0.85
+_WINDOWS = ("sliding_window", "keep_window_size", "attention_window_size", "window_size")
+"""Names under which configurations keep the length of a local attention."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Relative difference of logits, packed against plain, that rounding explains."""
 
@@ -55,7 +57,10 @@ class ModelRunner:
         self.timings = Timings(0.0, 0.0, 0.0)
         self.targets: dict[str, Target] = {}
         """Modules that adapters may name."""
-        probe = _Probe(base.model.config.get_text_config().vocab_size, min(12, base.max_model_len))
+        embeddings: Any = base.model.get_input_embeddings()
+        self.vocab_size: int = embeddings.weight.shape[0]
+        """Token ids from this on are unknown to the model."""
+        probe = self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
         with torch.inference_mode():
             expected = probe.expected(base.model, base.device)
             base.model.set_attn_implementation(self._attention.name)
@@ -71,6 +76,16 @@ class ModelRunner:
 
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         self._lora.put(slot, weights)
+
+    @torch.inference_mode()
+    def is_sound(self) -> bool:
+        """Whether a batch that is known to be good can still be computed. Leaves the cache alone."""
+        try:
+            with self._step(self._uncached_plan(self._probe), None):
+                return bool(torch.isfinite(self._forward(*self._probe.packed())).all())
+        except Exception:  # what it cannot do is what was asked
+            logger.exception("a batch that is known to be good failed")
+            return False
 
     @torch.inference_mode()
     def scrub(self, blocks: list[int], num_tokens: int) -> None:
@@ -142,9 +157,7 @@ class ModelRunner:
             return hook
 
         handles = [module.register_forward_hook(note(name)) for name, module in self._model.named_modules()]
-        plan = AttentionPlan(
-            probe.rows(len(row) for row in probe.prompts), block_size=64, device=self._base.device
-        )
+        plan = self._uncached_plan(probe)
         try:
             with self._step(plan, None):
                 self._forward(*probe.packed())
@@ -160,8 +173,22 @@ class ModelRunner:
         self._check_windows()
         self.targets = find_targets(self._model, seen, plan.num_tokens)
 
+    def _uncached_plan(self, probe: "_Probe") -> AttentionPlan:
+        rows = [([row], 0, probe.length) for row in range(len(probe.prompts))]
+        return AttentionPlan(rows, block_size=probe.length, device=self._base.device, cached=False)
+
     def _check_windows(self) -> None:
+        """Refuse a model whose windows it keeps to itself: a short example cannot show them."""
         config = self._base.model.config.get_text_config()
+        told = all(shape.window is not None for shape in self._attention.shapes.values())
+        for name in _WINDOWS:
+            window = getattr(config, name, None)
+            by_layer = getattr(config, "layer_types", None) is not None
+            if isinstance(window, int) and window < self._base.max_model_len and not told and not by_layer:
+                raise ModelError(
+                    f"{type(self._model).__name__} has {name} {window} and does not tell its attention: "
+                    f"lower max_model_len, {self._base.max_model_len}, to that"
+                )
         for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
             if (kind == "sliding_attention") and self._attention.shapes[layer].window is None:
                 raise ModelError(f"layer {layer} has sliding attention, and does not tell its window")
@@ -221,9 +248,6 @@ class _Probe:
             input_ids=torch.tensor(self.prompts, device=device), use_cache=False
         ).logits
         return logits.float()
-
-    def rows(self, lengths: Any) -> list[tuple[list[int], int, int]]:
-        return [([row], 0, length) for row, length in enumerate(lengths)]
 
     def packed(self) -> tuple[list[int], list[int], list[int]]:
         tokens = [token for row in self.prompts for token in row]

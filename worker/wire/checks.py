@@ -58,7 +58,12 @@ def _pairs(name: str) -> frozenset[tuple[str, str]]:
 
 _known_pairs = functools.cache(_pairs)
 
+MAX_MESSAGE_CHARACTERS = 1000
+
 
 def failure_of(error: JobError | RowError) -> Failure:
     """The `error` object that this exception becomes in a result line or a manifest."""
-    return Failure(error.code, str(error), isinstance(error, RowError) and error.retryable)
+    text = str(error)
+    if len(text) > MAX_MESSAGE_CHARACTERS:  # it may quote what somebody sent
+        text = text[: MAX_MESSAGE_CHARACTERS - 1] + "…"
+    return Failure(error.code, text, isinstance(error, RowError) and error.retryable)

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from worker.errors import InvalidLine, InvalidMessage, InvalidParameters, RowError
+from adapters_sync.layout import is_adapter_name
+from worker.errors import AdapterNotFound, InvalidLine, InvalidMessage, InvalidParameters, RowError
 from worker.jobs import ChatMessage, Row
 from worker.wire.checks import failure_of, kind, show, unknown
 from worker.wire.parameters import read_parameters
@@ -17,6 +18,7 @@ ROW_FIELDS = frozenset({"id", "input", "inputs", "messages", "adapter", "paramet
 FIELDS = frozenset({"inputs", "adapters", "parameters", "ids"})
 
 _TEXT_FIELDS = ("input", "inputs", "messages")
+_MAX_NAME_SHOWN = 128
 
 
 def read_rows(body: Mapping[str, Any], *, max_rows: int, adapter: str | None = None) -> tuple[Row, ...]:
@@ -55,6 +57,9 @@ class _RowReader:
             self._read_id(fields)
             said = fields.get("adapter", adapter) if override is None else override
             self.adapter = _adapter(said)
+            if self.adapter is not None and not is_adapter_name(self.adapter):
+                said, self.adapter = show(self.adapter), self.adapter[:_MAX_NAME_SHOWN]
+                raise AdapterNotFound(f"Adapter {said} is not registered: no adapter can have that name")
             text, messages = _prompt(fields)
             params = read_parameters({**_parameters(parameters), **_parameters(fields.get("parameters"))})
         except RowError as error:
