@@ -74,17 +74,16 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         exporter = Exporter(metrics)
-        not_ready: list[str] = ["loading the model"]
-        port = await stack.enter_async_context(
-            serving(
-                settings.http_host,
-                settings.http_port,
-                registry,
-                lambda: "draining" if signals.stop.is_set() else next(iter(not_ready), None),
-                token=settings.http_token,
-            )
-        )
-        logger.info("listening", extra={"host": settings.http_host, "port": port})
+        loaded = asyncio.Event()
+
+        def not_ready() -> str | None:
+            if signals.stop.is_set():
+                return "draining"
+            return None if loaded.is_set() else "loading the model"
+
+        host, port, token = settings.http_host, settings.http_port, settings.http_token
+        port = await stack.enter_async_context(serving(host, port, registry, not_ready, token=token))
+        logger.info("listening", extra={"host": host, "port": port})
 
         assert settings.queue_url is not None
         queue = SqsQueue(clients, settings.queue_url, visibility_seconds=settings.visibility_timeout_seconds)
@@ -126,8 +125,8 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             asyncio.create_task(_export(exporter, metrics, keeper, core.store, rows), name="export"),
             asyncio.create_task(idleness, name="idleness"),
         }
-        not_ready.clear()
-        metrics.ready.set_function(lambda: 0 if signals.stop.is_set() else 1)
+        loaded.set()
+        metrics.ready.set_function(lambda: 0 if not_ready() else 1)
         logger.info("ready", extra={"queue": settings.queue_url})
         await _serve(intake, owned, signals, settings.drain_timeout_seconds)
 

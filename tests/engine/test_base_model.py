@@ -336,3 +336,12 @@ def test_window_that_the_attention_is_not_told_of_is_refused(llama, monkeypatch)
     with pytest.raises(ModelError, match="sliding_window 20 and does not tell its attention"):
         ModelRunner(base, max_num_seqs=1)
     ModelRunner(load(llama, max_model_len=20), max_num_seqs=1)
+
+
+def test_scarce_memory_still_serves_one_row_whose_length_is_no_multiple_of_a_block(llama, monkeypatch):
+    base = load(llama, max_model_len=100)
+    token = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dimensions, bytes
+    memory = type("Memory", (), {"available": 128 * token / 0.4 + 1})
+    monkeypatch.setattr("worker.engine.model_runner.psutil.virtual_memory", memory)
+    shape = ModelRunner(base, max_num_seqs=2).cache_shape
+    assert shape == CacheShape(4, 32)

@@ -203,8 +203,9 @@ class ModelRunner:
         tokens = int(budget / self._attention.bytes_per_token)
         if tokens >= max_num_seqs * length and device.type == "cpu":
             return CacheShape(max_num_seqs, length)
-        blocks = min(tokens, max_num_seqs * length) // _PAGED_BLOCK_SIZE
-        if blocks * _PAGED_BLOCK_SIZE < length:
+        for_one = -(-length // _PAGED_BLOCK_SIZE)
+        blocks = min(tokens // _PAGED_BLOCK_SIZE, max_num_seqs * for_one)
+        if blocks < for_one:
             needed = length * self._attention.bytes_per_token
             raise ModelError(
                 f"one sequence of max_model_len {length} needs {needed >> 20} MiB of cache, "
