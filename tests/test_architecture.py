@@ -7,6 +7,8 @@ floor 0   worker.{errors,jobs,settings,wire}       adapters_sync.{layout,errors,
 """
 
 import ast
+import functools
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,16 +75,30 @@ def modules() -> Iterator[tuple[str, Path]]:
 MODULES = dict(modules())
 
 
-def imports(path: Path) -> set[str]:
+def parsed(path: Path) -> ast.Module:
+    """The file's syntax tree.
+
+    Without the garbage collector: what it buries may log a traceback, which parses too, and a parser in a
+    parser is an error in Python 3.11 (gh-106905).
+    """
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Full names of everything a file imports, wherever in the file, `from a import b` as a.b."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def inside(name: str, part: str) -> bool:

@@ -2,6 +2,7 @@
 ends where an undisturbed one would have.
 """
 
+import gc
 import os
 import shutil
 
@@ -11,6 +12,13 @@ from adapters_sync.layout import check_folder, scan
 from tests.sync.builders import WEIGHTS, weights
 
 STEPS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "link", "fsync", "utime", "fchmod")
+
+
+@pytest.fixture(autouse=True)
+def _bury_the_dead():
+    """What a killed scenario leaves unfinished is collected here, not in the middle of a later test."""
+    yield
+    gc.collect()
 
 
 class Killed(BaseException):
