@@ -171,7 +171,7 @@ def test_the_engine_package_is_empty_so_that_the_scheduler_needs_no_torch() -> N
         ("worker.wire", TORCH | AWS),
         ("worker.metrics", TORCH | AWS),
         ("worker.cli", TORCH),
-        ("worker.engine.engine", AWS),
+        ("worker.engine.engine", AWS | {"triton"}),
         ("adapters_sync.cli", TORCH),
         ("adapters_sync.layout", TORCH | AWS | {"aiohttp"}),
     ],

@@ -109,11 +109,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
-def make_base(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def make_base(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A random base model with tokenizer, saved in `folder`."""
     name, settings, _ = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**settings, **changes}))
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -25,6 +25,7 @@ from worker.commit import Committer, Provenance
 from worker.engine.adapter import load_adapter
 from worker.engine.base_model import BaseModel, load_base_model, resolve_device
 from worker.engine.engine import Engine
+from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
 from worker.errors import SettingsError
@@ -142,8 +143,15 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
     )
-    runner = ModelRunner(base, max_num_seqs=settings.max_num_seqs)
     dtype = base.dtype if settings.lora_dtype == "auto" else getattr(torch, settings.lora_dtype)
+    limits = EngineLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        lora_dtype=dtype,
+    )
+    runner = ModelRunner(base, limits, memory_share=settings.memory_share)
     store = LoRAStore(
         partial(load_adapter, targets=runner.targets, max_lora_rank=settings.max_lora_rank, dtype=dtype),
         settings.cpu_loras,
@@ -157,6 +165,8 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_loras=settings.max_loras,
+        prefix_reuse=settings.prefix_reuse,
+        max_passed_over=settings.max_passed_over,
     )
     logger.info(
         "model loaded",

@@ -20,22 +20,43 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """Message attributes of type String or Number, as text."""
 
 
+MAX_TOP_N_TOKENS = 20
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one row is decoded. Field names and meaning are those of DJL, TGI and transformers."""
+    """How one row is decoded. Field names and meaning are those of DJL, TGI and transformers, or of vLLM."""
 
     max_new_tokens: int = 30
+    min_new_tokens: int = 0
+    """Until there are so many, no token that would end the row, and no stop sequence counts."""
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Least probability of a token, as a share of the likeliest one's."""
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    """Over prompt and generated tokens; the next two over generated ones alone."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each once, and what is added to their logits."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """No token but these; empty allows all."""
     seed: int | None = None
     """None derives a seed from the request's id, so that a retry repeats the text."""
     stop_sequences: tuple[str, ...] = ()
     """Generation ends before the first of these; the text that is returned excludes it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends with any of these; the text that is returned excludes it."""
     ignore_eos: bool = False
     details: bool = False
+    """Log-probabilities of the generated tokens."""
+    top_n_tokens: int = 0
+    """The likeliest tokens in the place of each generated one, up to MAX_TOP_N_TOKENS."""
+    prompt_log_probs: bool = False
     return_full_text: bool = False
 
 
@@ -116,7 +137,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
 class TokenDetail(msgspec.Struct, frozen=True):
     id: int
     text: str
-    log_prob: float
+    log_prob: float | None
+    """Natural logarithm under the model's own distribution; None for a prompt's first token."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +152,10 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     log_probs: tuple[float, ...] | None = None
     """Natural logarithms, one for each of `token_ids`; None unless `details` was asked for."""
+    top_tokens: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """For each of `token_ids` the `top_n_tokens` likeliest in its place, best first, and their logarithms."""
+    prompt_log_probs: tuple[float | None, ...] | None = None
+    """One for each token of the prompt, given those before it: None for the first; None unless asked for."""
     failure: Failure | None = None
 
 
@@ -144,4 +170,8 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int = 0
     tokens: tuple[TokenDetail, ...] | None = None
     """Set when the row asked for `details`."""
+    top_tokens: tuple[tuple[TokenDetail, ...], ...] | None = None
+    """Alternatives in the place of each of `tokens`, when the row asked for `top_n_tokens`."""
+    prefill: tuple[TokenDetail, ...] | None = None
+    """The tokens of the prompt, when the row asked for `prompt_log_probs`."""
     failure: Failure | None = None

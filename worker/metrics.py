@@ -58,6 +58,10 @@ class Metrics:
             f"Time in engine steps by phase: {', '.join(PHASES)}.",
             "phase",
         )
+        self.prefix_reused_tokens = counter(
+            "loramill_prefix_reused_tokens",
+            "Prompt tokens that were not computed, since their beginning was in the KV cache.",
+        )
         self.preemptions = counter(
             "loramill_preemptions", "Rows that gave their cache blocks back and were computed anew."
         )

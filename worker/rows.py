@@ -1,11 +1,13 @@
 """The rows of a job, each through tokenizer, adapter and engine to its result."""
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
@@ -100,7 +102,20 @@ class RowRunner:
             completion = await self._bridge.submit(self._request(job, row, prompt, key), adapter)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
-        return self._result(row, text, version, completion)
+        details = {}
+        if row.params.details and completion.failure is None:  # of a row that failed there may be a part
+            # Every token is decoded by itself, which takes a moment for a long prompt.
+            details = await asyncio.to_thread(self._details, prompt, completion)
+        return RowResult(
+            row=row,
+            adapter_version=version,
+            text=text + completion.text if row.params.return_full_text else completion.text,
+            finish_reason=completion.finish_reason,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=len(completion.token_ids),
+            failure=completion.failure,
+            **details,
+        )
 
     async def _find(self, hold: Hold, name: str | None) -> AdapterFolder | None:
         """The rows of a job wait for missing adapters once, not each in its turn."""
@@ -127,23 +142,21 @@ class RowRunner:
         # Two deliveries of one message may be at work here, so the job's id would not be unique.
         return InferenceRequest(id=str(next(self._numbers)), prompt=prompt, adapter=key, params=params)
 
-    def _result(self, row: Row, text: str, version: str | None, completion: Completion) -> RowResult:
-        tokens = None
+    def _details(self, prompt: tuple[int, ...], completion: Completion) -> dict[str, Any]:
+        """The tokens that the row asked for, by field of RowResult."""
+        spell = functools.cache(self._tokenizer.decode_one)
+
+        def spelled(found: Iterable[tuple[int, float | None]]) -> tuple[TokenDetail, ...]:
+            return tuple(TokenDetail(token, spell(token), log_prob) for token, log_prob in found)
+
+        details: dict[str, Any] = {}
         if completion.log_probs is not None:
-            tokens = tuple(
-                TokenDetail(token, self._tokenizer.decode_one(token), log_prob)
-                for token, log_prob in zip(completion.token_ids, completion.log_probs, strict=True)
-            )
-        return RowResult(
-            row=row,
-            adapter_version=version,
-            text=text + completion.text if row.params.return_full_text else completion.text,
-            finish_reason=completion.finish_reason,
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=len(completion.token_ids),
-            tokens=tokens,
-            failure=completion.failure,
-        )
+            details["tokens"] = spelled(zip(completion.token_ids, completion.log_probs, strict=True))
+        if completion.top_tokens is not None:
+            details["top_tokens"] = tuple(spelled(likely) for likely in completion.top_tokens)
+        if completion.prompt_log_probs is not None:
+            details["prefill"] = spelled(zip(prompt, completion.prompt_log_probs, strict=True))
+        return details
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

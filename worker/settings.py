@@ -82,6 +82,22 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"option": "max_model_len"},
         ),
     ] = None
+    memory_share: Annotated[
+        float | None,
+        Meta(
+            description="Part of the memory left free by the weights that the KV cache may take. "
+            "Default: 0.4 on a CPU, 0.85 on a GPU.",
+            gt=0,
+            le=1,
+            extra={"expected": "a number above 0 and at most 1"},
+        ),
+    ] = None
+    max_passed_over: Annotated[
+        int, Meta(description="Most rows that may start before one that came earlier.", ge=0)
+    ] = 256
+    prefix_reuse: Annotated[
+        bool, Meta(description="Compute what rows of one adapter have in common at their beginning once.")
+    ] = True
     max_rows_per_job: Annotated[
         int, Meta(description="Most rows that a message may carry.", ge=1, le=1_000_000)
     ] = 10_000
@@ -156,7 +172,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     dtype: Annotated[
         _Dtype,
         Meta(
-            description="Type of the base model's weights; auto is float32 on a CPU, else the model's own.",
+            description="Type of the base model's weights. auto is the model's own on a GPU and on a "
+            "processor with bfloat16 instructions, else float32.",
             extra={"option": "dtype", "aliases": _DTYPES},
         ),
     ] = "auto"

@@ -21,6 +21,7 @@ class Exporter:
         metrics.batch_adapters.observe(stats.adapters)
         metrics.tokens.labels("prompt").inc(stats.prompt_tokens)
         metrics.tokens.labels("generated").inc(stats.generated_tokens)
+        metrics.prefix_reused_tokens.inc(stats.reused_tokens)
         for phase in PHASES:
             metrics.step_seconds.labels(phase).inc(getattr(stats, f"{phase}_seconds"))
         metrics.engine_rows.labels("running").set(stats.running)

@@ -9,6 +9,7 @@ import torch
 from worker.engine.adapter import load_adapter
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
+from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import CacheShape, ModelRunner
 from worker.jobs import AdapterKey, Completion, InferenceRequest
@@ -28,17 +29,29 @@ class Harness:
         dtype: str = "float32",
         device: str = "cpu",
         lora_dtype: torch.dtype | None = None,
+        memory_share: float | None = None,
+        prefix_reuse: bool = True,
+        kernels: bool | None = None,
     ) -> None:
         self.base = load_base_model(
             base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
         )
-        self.runner = ModelRunner(self.base, max_num_seqs=max_num_seqs, cache_shape=cache_shape)
+        limits = EngineLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,
+            lora_dtype=lora_dtype or self.base.dtype,
+        )
+        self.runner = ModelRunner(
+            self.base, limits, cache_shape=cache_shape, memory_share=memory_share, kernels=kernels
+        )
         self.store = LoRAStore(
             partial(
                 load_adapter,
                 targets=self.runner.targets,
                 max_lora_rank=max_lora_rank,
-                dtype=lora_dtype or self.base.dtype,
+                dtype=limits.lora_dtype,
             ),
             max_cpu_loras=64,
         )
@@ -51,6 +64,7 @@ class Harness:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_loras=max_loras,
+            prefix_reuse=prefix_reuse,
         )
         self.stats: list[StepStats] = []
 

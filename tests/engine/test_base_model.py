@@ -12,10 +12,17 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from worker.engine.attention import PackedAttention
 from worker.engine.base_model import load_base_model, resolve_device, resolve_dtype
+from worker.engine.limits import EngineLimits
 from worker.engine.model_runner import CacheShape, ModelRunner
 from worker.errors import ModelError
 
 CPU = torch.device("cpu")
+
+
+def limits(max_num_seqs):
+    return EngineLimits(max_num_seqs, 64, 4, 64, torch.float32)
+
+
 SMALL = {
     "vocab_size": 272,
     "hidden_size": 64,
@@ -82,7 +89,7 @@ def test_model_that_would_be_served_wrong_is_refused(kind, tmp_path):
     name, settings, reason = REFUSED[kind]
     folder = save(tmp_path, getattr(transformers, name)(**{**SMALL, **settings}))
     with pytest.raises(ModelError, match=reason):
-        ModelRunner(load(folder), max_num_seqs=2)
+        ModelRunner(load(folder), limits(2))
 
 
 def test_encoder_decoder_model_is_refused(tmp_path):
@@ -197,30 +204,60 @@ def test_rotary_scaling_that_depends_on_the_batch_caps_the_length(config, settin
 
 @pytest.mark.parametrize("length", [2, 8, 12, 20])
 def test_short_max_model_len_with_one_row_is_served(length, llama):
-    runner = ModelRunner(load(llama, max_model_len=length), max_num_seqs=1)
+    runner = ModelRunner(load(llama, max_model_len=length), limits(1))
     assert runner.cache_shape == CacheShape(1, length)
 
 
 def test_sequence_that_never_fits_the_memory_is_refused_with_the_numbers(llama, monkeypatch):
+    base = load(llama)
     memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr("worker.engine.model_runner.psutil.virtual_memory", memory)
-    with pytest.raises(ModelError, match=r"max_model_len 160 needs \d+ MiB"):
-        ModelRunner(load(llama), max_num_seqs=2)
+    monkeypatch.setattr("worker.engine.base_model.psutil.virtual_memory", memory)
+    with pytest.raises(
+        ModelError, match=r"max_model_len 160 needs \d+ MiB .* memory_share 0.4 of what is free"
+    ):
+        ModelRunner(base, limits(2))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(llama, monkeypatch):
+    monkeypatch.setattr(
+        "worker.engine.base_model.psutil.virtual_memory", type("", (), {"available": 100 << 10})
+    )
+    with pytest.raises(ModelError, match=r"weights need \d+ MiB in torch.float32, 0 MiB are free on cpu"):
+        load(llama)
+
+
+def test_memory_share_is_the_most_the_cache_takes(llama, monkeypatch):
+    base = load(llama)
+    free = 64 << 20
+    monkeypatch.setattr("worker.engine.base_model.psutil.virtual_memory", type("", (), {"available": free}))
+    sizes = [ModelRunner(load(llama), limits(4000), memory_share=share).cache_bytes for share in (0.1, 0.5)]
+    assert sizes[0] <= 0.1 * free < sizes[1] <= 0.5 * free
+    with pytest.raises(ModelError, match=r"memory_share 0.001 of what is free"):
+        ModelRunner(base, limits(2), memory_share=0.001)
 
 
 def test_scarce_memory_is_cut_into_small_blocks(llama, monkeypatch):
     base = load(llama)
-    per_token = ModelRunner(base, max_num_seqs=1, cache_shape=CacheShape(1, 160)).cache_bytes // 160
+    per_token = ModelRunner(base, limits(1), cache_shape=CacheShape(1, 160)).cache_bytes // 160
     base = load(llama)
     memory = type("Memory", (), {"available": per_token * 400 / 0.4})
-    monkeypatch.setattr("worker.engine.model_runner.psutil.virtual_memory", memory)
-    runner = ModelRunner(base, max_num_seqs=8)
+    monkeypatch.setattr("worker.engine.base_model.psutil.virtual_memory", memory)
+    runner = ModelRunner(base, limits(8))
     assert runner.cache_shape.block_size < 160
     assert 160 <= runner.cache_shape.num_blocks * runner.cache_shape.block_size <= 400
     assert runner.cache_bytes <= per_token * 400
 
 
 # Types
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_auto_is_bfloat16_on_a_processor_that_has_it(own, expected, monkeypatch):
+    monkeypatch.setattr("worker.engine.base_model.has_bfloat16", lambda _: True)
+    assert resolve_dtype("auto", CPU, transformers.LlamaConfig(dtype=own)) == expected
 
 
 @pytest.mark.parametrize(
@@ -236,7 +273,8 @@ def test_scarce_memory_is_cut_into_small_blocks(llama, monkeypatch):
         ("auto", torch.float64, "cuda", torch.float32),
     ],
 )
-def test_dtype_is_as_asked_or_the_checkpoints_own_on_a_gpu(name, own, device, expected):
+def test_dtype_is_as_asked_or_what_the_device_is_good_at(name, own, device, expected, monkeypatch):
+    monkeypatch.setattr("worker.engine.base_model.has_bfloat16", lambda _: False)
     config = transformers.LlamaConfig(dtype=own)
     assert resolve_dtype(name, torch.device(device), config) == expected
 
@@ -249,7 +287,7 @@ def test_model_is_loaded_in_its_dtype(dtype, llama):
     )
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not base.model.training
-    ModelRunner(base, max_num_seqs=1)
+    ModelRunner(base, limits(1))
 
 
 def test_device_that_is_not_there_is_refused(monkeypatch):
@@ -282,7 +320,7 @@ def test_end_of_text_is_the_generation_configs_else_the_tokenizers(copy):
 def test_attention_that_ignores_what_the_model_passes_is_found_out(ignored, tmp_path, monkeypatch):
     folder = tiny.make_base(tmp_path, "gemma2")
     change_config(folder, query_pre_attn_scalar=64, attn_logit_softcapping=0.5)
-    ModelRunner(load(folder), max_num_seqs=1)
+    ModelRunner(load(folder), limits(1))
     right = PackedAttention.__call__
 
     def wrong(self, module, query, key, value, attention_mask=None, **options):
@@ -290,7 +328,7 @@ def test_attention_that_ignores_what_the_model_passes_is_found_out(ignored, tmp_
 
     monkeypatch.setattr(PackedAttention, "__call__", wrong)
     with pytest.raises(ModelError, match=r"packed logits differ|does not tell its window"):
-        ModelRunner(load(folder), max_num_seqs=1)
+        ModelRunner(load(folder), limits(1))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +340,7 @@ def test_attention_that_needs_more_than_we_know_is_refused_by_its_name(extra, ll
         PackedAttention, "__call__", lambda *given, **options: right(*given, **{**options, **extra})
     )
     with pytest.raises(ModelError, match=f"needs {next(iter(extra))}, which is not supported"):
-        ModelRunner(load(llama), max_num_seqs=1)
+        ModelRunner(load(llama), limits(1))
 
 
 def test_layer_that_attends_by_other_means_is_found_out(llama, monkeypatch):
@@ -312,7 +350,7 @@ def test_layer_that_attends_by_other_means_is_found_out(llama, monkeypatch):
         attention, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
     )
     with pytest.raises(ModelError, match="3 layers, of which 2"):
-        ModelRunner(base, max_num_seqs=1)
+        ModelRunner(base, limits(1))
 
 
 def test_sliding_layer_that_does_not_tell_its_window_is_refused(tmp_path):
@@ -321,12 +359,12 @@ def test_sliding_layer_that_does_not_tell_its_window_is_refused(tmp_path):
     for layer in base.model.model.layers:
         layer.self_attn.sliding_window = None
     with pytest.raises(ModelError, match="window"):
-        ModelRunner(base, max_num_seqs=1)
+        ModelRunner(base, limits(1))
 
 
 def test_several_engines_live_in_one_process(llama, tmp_path):
     other = tiny.make_base(tmp_path, "gpt2")
-    names = {ModelRunner(load(folder), max_num_seqs=1)._attention.name for folder in (llama, other, llama)}
+    names = {ModelRunner(load(folder), limits(1))._attention.name for folder in (llama, other, llama)}
     assert len(names) == 3
 
 
@@ -334,14 +372,14 @@ def test_window_that_the_attention_is_not_told_of_is_refused(llama, monkeypatch)
     base = load(llama)
     monkeypatch.setattr(base.model.config, "sliding_window", 20, raising=False)
     with pytest.raises(ModelError, match="sliding_window 20 and does not tell its attention"):
-        ModelRunner(base, max_num_seqs=1)
-    ModelRunner(load(llama, max_model_len=20), max_num_seqs=1)
+        ModelRunner(base, limits(1))
+    ModelRunner(load(llama, max_model_len=20), limits(1))
 
 
 def test_scarce_memory_still_serves_one_row_whose_length_is_no_multiple_of_a_block(llama, monkeypatch):
     base = load(llama, max_model_len=100)
     token = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dimensions, bytes
     memory = type("Memory", (), {"available": 128 * token / 0.4 + 1})
-    monkeypatch.setattr("worker.engine.model_runner.psutil.virtual_memory", memory)
-    shape = ModelRunner(base, max_num_seqs=2).cache_shape
+    monkeypatch.setattr("worker.engine.base_model.psutil.virtual_memory", memory)
+    shape = ModelRunner(base, limits(2)).cache_shape
     assert shape == CacheShape(4, 32)

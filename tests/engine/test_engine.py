@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine.model_runner import CacheShape
+from worker.engine.model_runner import CacheShape, Outcome
 from worker.engine.sampler import Sample
 from worker.errors import InvalidParameters, PromptTooLong
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
@@ -49,7 +49,8 @@ def script(harness, monkeypatch):
 
     def run(batch):
         rows = [row.sequence for row in batch.rows if row.samples]
-        return [Sample(lines[row.request.id][row.num_generated], -0.5, True) for row in rows]
+        samples = [Sample(lines[row.request.id][row.num_generated], -0.5, True) for row in rows]
+        return Outcome(samples, [[] for _ in batch.rows])
 
     def put(name, said):
         lines[name] = list(harness.base.tokenizer.encode(said)) if isinstance(said, str) else said
@@ -252,6 +253,7 @@ def test_preempted_sampled_rows_go_on_as_if_nothing_had_been(llama, harness):
         for number, prompt in enumerate(PROMPTS)
     ]
     cramped = Harness(llama, cache_shape=CacheShape(10, 8), max_num_seqs=6, max_num_batched_tokens=20)
+    cramped.engine._scheduler.lengths.ratio = 0.0  # nobody is expected to grow
     got, expected = cramped.run(requests), harness.run(requests)
     assert cramped.stats[-1].preempted > 0
     for name, done in expected.items():
@@ -410,7 +412,8 @@ def test_aborted_id_can_be_used_again(harness):
 def test_stats_count_every_prompt_and_generated_token(harness):
     harness.stats.clear()
     done = harness.run(request(f"row{number}", prompt) for number, prompt in enumerate(PROMPTS))
-    assert sum(stats.prompt_tokens for stats in harness.stats) == sum(map(len, PROMPTS))
+    computed = sum(stats.prompt_tokens for stats in harness.stats)
+    assert computed + sum(stats.reused_tokens for stats in harness.stats) == sum(map(len, PROMPTS))
     generated = sum(len(own.token_ids) for own in done.values())
     assert sum(stats.generated_tokens for stats in harness.stats) == generated
 

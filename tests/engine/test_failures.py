@@ -6,6 +6,7 @@ import torch
 from tests.engine.harness import Harness
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.lora_plan import Way
 from worker.errors import EngineFailed
 from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams
 
@@ -124,7 +125,7 @@ def test_plans_are_taken_back_after_a_forward_that_raised(harness, hook, adapter
     key = harness.adapter(adapters[0])
     hook(raise_on_poison)
     harness.run([request("bad", [POISON, 4], key)])
-    assert harness.runner._lora.plan is None
+    assert harness.runner._executor.lora.step is None
     assert harness.runner._attention.plan is None
     with pytest.raises(AssertionError, match="outside of a step"):
         harness.base.model(torch.tensor([[1, 2]]), use_cache=False)
@@ -203,10 +204,10 @@ def give(harness, name, a, b=1.0):
     return key
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["segments", "packed"])
+@pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize(("dtype", "large"), [("float32", 3e38), ("bfloat16", 3e38), ("float16", 6e4)])
-def test_adapter_that_overflows_fails_its_own_rows_only(dtype, large, limit, llama, monkeypatch):
-    monkeypatch.setattr(lora_layers, "_PACKED_LIMIT", limit)
+def test_adapter_that_overflows_fails_its_own_rows_only(dtype, large, way, llama, monkeypatch):
+    monkeypatch.setattr(lora_layers, "cheapest", lambda *_: way)
     harness = Harness(llama, max_num_seqs=8, dtype=dtype)
     mild, milder = give(harness, "mild", 0.01), give(harness, "milder", -0.02)
     huge = give(harness, "huge", large, large)

@@ -6,20 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import nn
 
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
-from worker.engine.lora_layers import LoRALayers, LoRAPlan
+from worker.engine.lora_layers import LoRALayers, measure_costs
 from worker.engine.lora_ops import (
     add_lora_packed,
     add_lora_reference,
     add_lora_segments,
     foreign_ranks,
-    pack_pairs,
+    pack_stacks,
+    stack_pairs,
 )
+from worker.engine.lora_plan import Costs, Demand, LaneBook, Way, cheapest, merge_runs, seconds
+from worker.engine.projections import Projection
 from worker.jobs import AdapterKey
 
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 check = settings(max_examples=60, deadline=None)
@@ -60,11 +65,20 @@ def assert_close(got, expected):
     assert difference <= TOLERANCE[got.dtype] * (1 + expected.norm())
 
 
+def stacks(case):
+    """The adapters of a projection of one module."""
+    return {slot: stack_pairs([pair], [len(pair.b)]) for slot, pair in case.pairs.items()}
+
+
+def slots_of(case):
+    return torch.tensor([-1 if slot is None else slot for slot in case.token_slots])
+
+
 @given(cases())
 @check
 def test_segments_equal_the_plain_loop(case):
     expected = add_lora_reference(case.x, case.y, case.token_slots, case.pairs)
-    add_lora_segments(case.x, case.y, case.runs, case.pairs)
+    add_lora_segments(case.x, case.y, case.runs, stacks(case))
     assert_close(case.y, expected)
 
 
@@ -72,152 +86,294 @@ def test_segments_equal_the_plain_loop(case):
 @check
 def test_packed_equals_the_plain_loop(case):
     expected = add_lora_reference(case.x, case.y, case.token_slots, case.pairs)
-    present = sorted({slot for slot, _, _ in case.runs} & case.pairs.keys())
-    if present:
-        layout = [(slot, case.pairs[slot].rank) for slot in present]
-        mask = foreign_ranks(case.runs, layout, len(case.x), case.x.device)
-        add_lora_packed(case.x, case.y, pack_pairs([case.pairs[slot] for slot in present]), mask)
-    assert_close(case.y, expected)
-
-
-@given(cases())
-@check
-def test_tokens_without_an_adapter_are_left_as_they_are(case):
-    before = case.y.clone()
     idle = [token for token, slot in enumerate(case.token_slots) if slot not in case.pairs]
-    present = sorted({slot for slot, _, _ in case.runs} & case.pairs.keys())
-    add_lora_segments(case.x, case.y, case.runs, case.pairs)
-    assert torch.equal(case.y[idle], before[idle])
-    if present:
-        layout = [(slot, case.pairs[slot].rank) for slot in present]
-        mask = foreign_ranks(case.runs, layout, len(case.x), case.x.device)
-        packed = pack_pairs([case.pairs[slot] for slot in present])
-        after = before.clone()
-        add_lora_packed(case.x, after, packed, mask)
-        assert torch.equal(after[idle], before[idle])
+    before = case.y[idle].clone()
+    if case.pairs:
+        packed = pack_stacks(stacks(case))
+        add_lora_packed(case.x, case.y, packed.stack, foreign_ranks(slots_of(case), packed.slots))
+    assert_close(case.y, expected)
+    assert torch.equal(case.y[idle], before)
 
 
 @given(cases())
 @check
 def test_mask_gives_each_token_the_columns_of_its_own_slot(case):
-    layout = [(slot, pair.rank) for slot, pair in case.pairs.items()]
-    mask = foreign_ranks(case.runs, layout, len(case.x), case.x.device)
-    columns = [slot for slot, rank in layout for _ in range(rank)]
+    columns = tuple(slot for slot, pair in case.pairs.items() for _ in range(pair.rank))
+    mask = foreign_ranks(slots_of(case), columns)
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[own != slot for slot in columns] for own in case.token_slots]
 
 
-def test_pairs_side_by_side_compute_their_sum():
+def test_stack_is_the_pairs_of_several_modules():
     torch.manual_seed(0)
-    pairs = [LoRAPair(torch.randn(r, 5), torch.randn(3, r)) for r in (1, 4, 2)]
-    packed = pack_pairs(pairs)
-    assert packed.rank == 7
-    torch.testing.assert_close(packed.b @ packed.a, sum(pair.b @ pair.a for pair in pairs))
+    first, third = (LoRAPair(torch.randn(r, 5), torch.randn(out, r)) for r, out in ((2, 3), (4, 6)))
+    stack = stack_pairs([first, None, third], [3, 2, 6])
+    x, y = torch.randn(7, 5), torch.zeros(7, 11)
+    add_lora_segments(x, y, [(9, 0, 7)], {9: stack})
+    torch.testing.assert_close(y[:, :3], x @ first.a.T @ first.b.T)
+    torch.testing.assert_close(y[:, 5:], x @ third.a.T @ third.b.T)
+    assert not y[:, 3:5].any()
 
 
-# The hook chooses a way; the way changes nothing.
+# A batch through projections: whichever way is taken, the result is the plain loop's.
 
 
-def run_module(case, *, packed_limit, monkeypatch, lora_dtype=None, order=None):
-    """What a module of identity weights plus bias gives with the adapters of `case` in their slots."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(case.x.shape[1], case.y.shape[1]).to(case.x.dtype))
-    layers = LoRALayers(model, torch.device("cpu"))
-    for slot in order or sorted(case.pairs):
-        pair = LoRAPair(*(tensor.to(lora_dtype or tensor.dtype) for tensor in case.pairs[slot]))
-        layers.put(slot, LoRAWeights(AdapterKey(str(slot), "1"), {"0": pair}))
-    with torch.inference_mode(), monkeypatch.context() as patch:
-        patch.setattr(lora_layers, "_PACKED_LIMIT", packed_limit)
-        plain = model(case.x.unsqueeze(0))[0].clone()
-        layers.plan = LoRAPlan(case.runs, len(case.x)) if case.runs else None
-        mixed = model(case.x.unsqueeze(0))[0].clone()
-        layers.plan = None
-        assert torch.equal(model(case.x.unsqueeze(0))[0], plain)
-    return plain, mixed
+class Model(nn.Module):
+    """Two projections: one of three modules that share their input, one of one."""
+
+    NAMES = (("q", "k", "v"), ("o",))
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 5), nn.Linear(6, 3, bias=False), nn.Linear(6, 4)
+        self.o = nn.Linear(12, 6)
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, x):
+        parts = torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        return parts, self.o(parts)
 
 
-@given(case=cases())
-@check
-def test_choice_of_plan_does_not_change_the_result(case):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        plain, packed = run_module(case, packed_limit=1 << 30, monkeypatch=monkeypatch)
-        _, segments = run_module(case, packed_limit=0, monkeypatch=monkeypatch)
-    expected = add_lora_reference(case.x, plain, case.token_slots, case.pairs)
-    assert_close(packed, expected)
-    assert_close(segments, expected)
+class Mixed(NamedTuple):
+    spans: list[tuple[int | None, int]]
+    weights: dict[int, LoRAWeights]
 
 
-@given(case=cases(dtypes=[torch.bfloat16]))
-@check
-def test_adapters_in_float32_over_a_bfloat16_base(case):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for limit in (0, 1 << 30):
-            plain, mixed = run_module(
-                case, packed_limit=limit, monkeypatch=monkeypatch, lora_dtype=torch.float32
+@st.composite
+def mixes(draw):
+    """Rows of slots and tokens, chunks first, and adapters of many ranks on some of the modules."""
+    slots = st.sampled_from([None, *range(6)])
+    chunks = draw(st.lists(st.tuples(slots, st.integers(2, 5)), max_size=4))
+    decode = draw(st.lists(slots, max_size=9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    model = Model(torch.float32)
+    weights = {}
+    for slot in range(6):
+        modules = draw(st.sets(st.sampled_from(["q", "k", "v", "o"]), min_size=1))
+        pairs = {}
+        for name in sorted(modules):
+            rank, module = draw(st.sampled_from([1, 2, 7, 8, 9, 20])), getattr(model, name)
+            pairs[name] = LoRAPair(
+                torch.randn(rank, module.in_features, generator=generator),
+                torch.randn(module.out_features, rank, generator=generator),
             )
-            # One rounding, of the sum: nothing of the product is lost before it.
-            delta = add_lora_reference(case.x, torch.zeros_like(plain), case.token_slots, case.pairs)
-            torch.testing.assert_close(mixed, (plain.float() + delta).to(plain.dtype), rtol=1e-2, atol=1e-5)
+        weights[slot] = LoRAWeights(AdapterKey(str(slot), "1"), pairs)
+    return Mixed([*chunks, *((slot, 1) for slot in decode)], weights)
 
 
-@given(case=cases(dtypes=[torch.float32]))
-@check
-def test_adapters_in_bfloat16_over_a_float32_base(case):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        plain, mixed = run_module(case, packed_limit=0, monkeypatch=monkeypatch, lora_dtype=torch.bfloat16)
-    expected = add_lora_reference(case.x, plain, case.token_slots, case.pairs)
-    assert mixed.dtype == torch.float32
-    assert (mixed - expected).norm() <= TOLERANCE[torch.bfloat16] * (1 + expected.norm())
+def layers_of(model, costs=None):
+    projections = {
+        names: Projection([getattr(model, name) for name in names], frozenset()) for names in Model.NAMES
+    }
+    return LoRALayers(projections, costs or Costs(), CPU)
 
 
-def pair_of(value):
-    return LoRAPair(torch.full((1, 2), value), torch.ones(2, 1))
+def in_order(layers, spans):
+    """As the runner sorts rows: chunks, then decoding rows by their place."""
+    return sorted(spans, key=lambda span: (span[1] == 1, layers.place(span[0])))
 
 
-def weights_of(value, module="0"):
-    return LoRAWeights(AdapterKey(f"{value}", "1"), {module: pair_of(value)})
+def expected_of(model, x, token_slots, weights):
+    """[T, 18] of the plain modules and the plain loop."""
+
+    def module(name, x):
+        linear = getattr(model, name)
+        plain = nn.functional.linear(
+            x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float()
+        )
+        pairs = {slot: own.pairs[name] for slot, own in weights.items() if name in own.pairs}
+        return add_lora_reference(x, plain, token_slots, pairs)
+
+    parts = torch.cat([module(name, x) for name in "qkv"], dim=-1)
+    return torch.cat([parts, module("o", parts)], dim=-1)
 
 
-@pytest.fixture
-def layers():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+@pytest.mark.parametrize("way", [*Way, None])
+@given(mix=mixes(), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_every_way_equals_the_plain_loop(way, mix, seed):
+    torch.manual_seed(seed)
+    model = Model(torch.float32)
+    plain = Model(torch.float32)
+    plain.load_state_dict(model.state_dict())
+    layers = layers_of(model)
+    for slot, weights in mix.weights.items():
+        layers.put(slot, weights)
+    spans = in_order(layers, mix.spans)
+    token_slots = [slot for slot, tokens in spans for _ in range(tokens)]
+    x = torch.randn(1, len(token_slots), 6)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        if way is not None:
+            patch.setattr(lora_layers, "cheapest", lambda *_: way)
+        layers.step = layers.plan(spans)
+        got = torch.cat(model(x), dim=-1)[0]
+        layers.step = None
+        base = torch.cat(model(x), dim=-1)[0]
+    assert_close(got, expected_of(plain, x[0], token_slots, mix.weights))
+    assert_close(base, expected_of(plain, x[0], [None] * len(token_slots), {}))
+
+
+@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize(("base", "lora"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_adapters_of_another_type_than_the_base(way, base, lora, monkeypatch):
+    """The product is made in the adapters' type; over bfloat16 nothing of it is lost before the sum."""
+    monkeypatch.setattr(lora_layers, "cheapest", lambda *_: way)
+    torch.manual_seed(0)
+    base, lora = getattr(torch, base), getattr(torch, lora)
+    model = Model(base)
+    layers = layers_of(model)
+    pairs = [LoRAPair(torch.randn(4, 6).to(lora), torch.randn(5, 4).to(lora)) for _ in range(3)]
+    for slot, pair in enumerate(pairs):
+        layers.put(slot, LoRAWeights(AdapterKey(str(slot), "1"), {"q": pair}))
+    x = torch.randn(1, 6, 6).to(base)
+    with torch.inference_mode():
+        plain = model(x)[0][0, :, :5].clone()
+        layers.step = layers.plan([(0, 2), (None, 1), (0, 1), (1, 1), (2, 1)])
+        mixed = model(x)[0][0, :, :5]
+    delta = add_lora_reference(x[0], torch.zeros_like(plain), [0, 0, None, 0, 1, 2], dict(enumerate(pairs)))
+    assert mixed.dtype == base
+    tolerance = 1e-2 if lora == torch.float32 else 5e-2
+    torch.testing.assert_close(mixed.float(), plain.float() + delta, rtol=tolerance, atol=tolerance)
+
+
+def weights_of(value, module="q"):
+    width = {"q": 5, "k": 3, "v": 4, "o": 6}[module]
+    depth = 12 if module == "o" else 6
+    pair = LoRAPair(torch.full((1, depth), value), torch.ones(width, 1))
+    return LoRAWeights(AdapterKey(f"{value}", "1"), {module: pair})
+
+
+@pytest.fixture(params=Way)
+def zeros(request, monkeypatch):
+    monkeypatch.setattr(lora_layers, "cheapest", lambda *_: request.param)
+    model = Model(torch.float32)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    return LoRALayers(model, torch.device("cpu")), model
+    return layers_of(model), model
 
 
-def output(layers, model, *slots, module=0):
-    layers.plan = LoRAPlan([(slot, token, token + 1) for token, slot in enumerate(slots)], len(slots))
+def output(zeros, *slots, column=0):
+    layers, model = zeros
+    layers.step = layers.plan([(slot, 1) for slot in slots])
     try:
         with torch.inference_mode():
-            return model[module](torch.ones(1, len(slots), 2))[0, :, 0].tolist()
+            return model(torch.full((1, len(slots), 6), 1 / 6))[0][0, :, column].tolist()
     finally:
-        layers.plan = None
+        layers.step = None
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_slot_is_wholly_replaced_by_its_next_adapter(layers, limit, monkeypatch):
-    monkeypatch.setattr(lora_layers, "_PACKED_LIMIT", limit)
-    layers, model = layers
+def test_slot_is_wholly_replaced_by_its_next_adapter(zeros):
+    layers, _ = zeros
     layers.put(0, weights_of(1.0))
     layers.put(1, weights_of(2.0))
-    assert output(layers, model, 0, 1, 0, 1) == [2, 4, 2, 4]
-    layers.put(0, weights_of(5.0, module="1"))
-    assert output(layers, model, 0, 1, 0, 1) == [0, 4, 0, 4]
-    assert output(layers, model, 0, 1, 0, 1, module=1) == [10, 0, 10, 0]
+    assert output(zeros, 0, 0, 1, 1) == pytest.approx([1, 1, 2, 2])
+    layers.put(0, weights_of(5.0, module="k"))
+    assert output(zeros, 0, 0, 1, 1) == pytest.approx([0, 0, 2, 2])
+    assert output(zeros, 0, 0, 1, 1, column=5) == pytest.approx([5, 5, 0, 0])
     layers.put(0, weights_of(3.0))
-    assert output(layers, model, 0, 1, 0, 1) == [6, 4, 6, 4]
-    assert output(layers, model, 0, 1, 0, 1, module=1) == [0, 0, 0, 0]
+    assert output(zeros, 0, 0, 1, 1) == pytest.approx([3, 3, 2, 2])
+    assert output(zeros, 0, 0, 1, 1, column=5) == pytest.approx([0, 0, 0, 0])
     layers.clear(1)
-    assert output(layers, model, 0, 1, 0, 1) == [6, 0, 6, 0]
+    layers.put(1, weights_of(7.0, module="v"))
+    assert output(zeros, 0, 0, 1, 1) == pytest.approx([3, 3, 0, 0])
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_adapter_that_overflows_leaves_its_neighbours_alone(layers, limit, monkeypatch):
-    monkeypatch.setattr(lora_layers, "_PACKED_LIMIT", limit)
-    layers, model = layers
+def test_adapter_that_overflows_leaves_its_neighbours_alone(zeros):
+    layers, _ = zeros
     layers.put(0, weights_of(1.0))
-    layers.put(1, weights_of(3e38))
+    layers.put(
+        1,
+        LoRAWeights(
+            AdapterKey("huge", "1"), {"q": LoRAPair(torch.full((1, 6), 3e38), torch.full((5, 1), 3e38))}
+        ),
+    )
     layers.put(2, weights_of(2.0))
-    fine, huge, also_fine = output(layers, model, 0, 1, 2)
-    assert (fine, huge, also_fine) == (2, torch.inf, 4)
+    fine, huge, also_fine = output(zeros, 0, 1, 2)
+    assert (fine, huge, also_fine) == (pytest.approx(1), torch.inf, pytest.approx(2))
+    layers.put(1, weights_of(4.0))
+    assert output(zeros, 0, 1, 2) == pytest.approx([1, 4, 2])
+
+
+def test_nothing_is_added_while_there_is_no_step(zeros):
+    layers, model = zeros
+    layers.put(0, weights_of(1.0))
+    assert layers.plan([(None, 3), (None, 1)]) is None
+    assert not model(torch.ones(1, 4, 6))[0].any()
+
+
+# The choice
+
+
+def demand(adapters, each, rank=8, lanes=None):
+    lane_ranks = (adapters if lanes is None else lanes) * rank
+    return Demand((each,) * adapters, (rank,) * adapters, lane_ranks, banks=1)
+
+
+def test_choice_follows_what_is_cheap():
+    costs = Costs()
+    assert cheapest(demand(1, 16), 1500, costs) is Way.SEGMENTS
+    assert cheapest(demand(3, 5), 1500, costs) is Way.PACKED
+    assert cheapest(demand(16, 1), 1500, costs) is Way.LANES
+    assert cheapest(demand(16, 1)._replace(banks=0), 1500, costs) is not Way.LANES
+    assert cheapest(demand(4, 4, rank=256), 8000, costs._replace(multiply_seconds=1e-9)) is not Way.PACKED
+    assert cheapest(demand(16, 1, lanes=400), 1500, costs) is not Way.LANES
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 64)), min_size=1, max_size=9),
+    st.sampled_from(Way),
+    st.integers(1, 5000),
+)
+def test_more_of_anything_never_costs_less(adapters, way, features):
+    counts, ranks = zip(*adapters, strict=True)
+    own = Demand(counts, ranks, sum(ranks), 1)
+    more = Demand((*counts, 2), (*ranks, 8), sum(ranks) + 8, 1)
+    assert 0 < seconds(way, own, features, Costs()) <= seconds(way, more, features, Costs())
+
+
+def test_costs_can_be_measured():
+    costs = measure_costs(CPU, torch.float32)
+    assert all(0 <= cost < 1e-2 for cost in costs)
+    assert costs.call_seconds > 0
+
+
+def test_runs_are_of_tokens_that_follow_each_other():
+    spans = [(1, 2), (1, 3), (None, 1), (2, 1), (None, 2), (2, 4)]
+    assert merge_runs(spans, start=10) == [(1, 10, 15), (2, 16, 17), (2, 19, 23)]
+
+
+class Lanes(RuleBasedStateMachine):
+    """A bank that holds what it was told to put in each lane."""
+
+    def __init__(self):
+        super().__init__()
+        self.book = LaneBook()
+        self.version = dict.fromkeys(range(8), 0)
+        self.bank = {}
+
+    @rule(active=st.sets(st.integers(0, 7), min_size=1))
+    def assign(self, active):
+        reach = self.book.reach(active)
+        held = {slot: self.book.lanes[slot] for slot in active if slot in self.book.lanes}
+        for slot in self.book.assign(active):
+            assert slot not in held
+            self.bank[self.book.lanes[slot]] = (slot, self.version[slot])
+        lanes = [self.book.lanes[slot] for slot in active]
+        assert len(set(lanes)) == len(active)
+        assert max(lanes) < reach
+        assert all(self.book.lanes[slot] == lane for slot, lane in held.items())
+        assert all(self.bank[self.book.lanes[slot]] == (slot, self.version[slot]) for slot in active)
+
+    @rule(slot=st.integers(0, 7))
+    def replace(self, slot):
+        self.version[slot] += 1
+        self.book.forget(slot)
+
+    @invariant()
+    def what_is_in_the_book_is_in_the_bank(self):
+        for slot, lane in self.book.lanes.items():
+            assert self.bank[lane] == (slot, self.version[slot])
+
+
+TestLanes = Lanes.TestCase
+TestLanes.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -7,70 +7,161 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker.engine.kv_cache import KVCache
+from worker.engine.kv_cache import OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
+from worker.engine.promises import Promises
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence, Status
 from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams
 
 KEYS = [AdapterKey(f"adapter{number // 2}", f"{number % 2}") for number in range(6)]
+NAN = "not finite"
 
 
-def sequence(name="row", tokens=3, adapter=None, max_new_tokens=4):
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    return Sequence(InferenceRequest(id=name, prompt=(1,) * tokens, adapter=adapter, params=params))
+def sequence(name="row", tokens=3, adapter=None, max_new_tokens=4, **params):
+    """A waiting row; `tokens` of a number are as many that no other row has."""
+    prompt = tuple(tokens) if not isinstance(tokens, int) else tuple((name, n) for n in range(tokens))
+    params = SamplingParams(max_new_tokens=max_new_tokens, **params)
+    return Sequence(InferenceRequest(id=name, prompt=prompt, adapter=adapter, params=params))
 
 
 def at_length(row):
     return FinishReason.LENGTH if row.num_generated >= row.request.params.max_new_tokens else None
 
 
-def compute(scheduler, batch):
+def compute(scheduler, batch, finish=at_length):
     """Record `batch` as if the model had run; returns the sequences that ended."""
-    return scheduler.update(batch, [(7, None) for row in batch.rows if row.samples], at_length)
+    return scheduler.update(batch, [(7, None) for row in batch.rows if row.samples], finish)
+
+
+class Device:
+    """What every place of the cache holds: the adapter version and the text up to its token, or NaN.
+
+    A row that is bad from some token on has NaN there.
+    """
+
+    def __init__(self, cache, bad):
+        self.cache = cache
+        self.bad = bad
+        self.places = {}
+
+    def place(self, blocks, number):
+        index, offset = divmod(number, self.cache.block_size)
+        return blocks[index], offset
+
+    def prepare(self, given_back, copies):
+        for blocks, start, stop in given_back:
+            for number in range(start, stop):
+                self.places.pop(self.place(blocks, number), None)
+        for source, target, num_tokens in copies:
+            for offset in range(num_tokens):
+                self.places[target, offset] = self.places[source, offset]
+
+    def run(self, batch):
+        """Returns the rows whose logits are not finite."""
+        for row, *_ in batch.rows:
+            self.check_row(row)
+        for row, _, num_tokens, _ in batch.rows:
+            for number in range(row.computed, row.computed + num_tokens):
+                text = (row.request.adapter, *row.tokens[: number + 1])
+                self.places[self.place(row.blocks, number)] = NAN if self.is_bad(row, number) else text
+        return [row.sequence for row in batch.rows if row.samples and self.has_nan(row)]
+
+    def is_bad(self, row, number):
+        return number >= self.bad.get(row.request.id, number + 1)
+
+    def has_nan(self, row):
+        end = row.sequence.computed + row.num_tokens
+        return NAN in (self.places[self.place(row.sequence.blocks, number)] for number in range(end))
+
+    def check_row(self, row):
+        for number in range(len(row.blocks) * self.cache.block_size):
+            found = self.places.get(self.place(row.blocks, number))
+            if number < row.computed:
+                bad = number >= row.proven and self.is_bad(row, number)
+                text = (row.request.adapter, *row.tokens[: number + 1])
+                assert found == (NAN if bad else text), "a row would attend to another text"
+            else:
+                assert found != NAN, "a row would attend, masked, to what is not finite"
 
 
 class Machine(RuleBasedStateMachine):
     """A scheduler, the promises of its docstring, and a device that holds one adapter a slot."""
 
     @initialize(
-        blocks=st.integers(3, 24),
-        block_size=st.integers(1, 5),
+        own=st.booleans(),
+        reuse=st.sampled_from([True, True, True, False]),
+        blocks=st.integers(4, 16),
+        block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 6),
         spare_tokens=st.integers(0, 12),
         max_loras=st.integers(1, 3),
-        max_passed_over=st.integers(0, 4),
+        max_passed_over=st.integers(0, 6),
+        min_gain=st.integers(1, 8),
+        ratio=st.sampled_from([0.0, 0.0, 1.0]),
     )
-    def start(self, blocks, block_size, max_num_seqs, spare_tokens, max_loras, max_passed_over):
+    def start(self, own, reuse, blocks, block_size, min_gain, ratio, max_num_seqs, spare_tokens, **limits):
+        if own:
+            cache = OwnBlocks(min(blocks, 8), 40, granule=block_size, reuse=reuse)
+        else:
+            cache = SharedBlocks(blocks, block_size, reuse=reuse)
         self.scheduler = Scheduler(
-            KVCache(blocks, block_size),
-            LoRASlots(max_loras),
+            cache,
+            LoRASlots(limits["max_loras"]),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_tokens,
-            max_passed_over=max_passed_over,
+            max_passed_over=limits["max_passed_over"],
         )
-        self.capacity = blocks * block_size
+        self.scheduler._promises = Promises(cache.granule, min_gain)
+        self.scheduler.lengths.ratio = ratio
+        if not ratio:  # every row comes as a surprise
+            self.scheduler.lengths.learn = self.scheduler.lengths.learn_shortage = lambda *_: None
+        self.capacity = 40 if own else blocks * block_size
         self.alive: dict[str, Sequence] = {}
         self.added: list[str] = []
         self.ended: Counter[str] = Counter()
-        self.begun: set[str] = set()
+        self.ends: dict[str, int] = {}
         self.passed: Counter[str] = Counter()
-        self.device: dict[int, AdapterKey] = {}
+        self.slots: dict[int, AdapterKey] = {}
+        self.bad: dict[str, int] = {}
+        self.device = Device(cache, self.bad)
 
     @rule(
-        tokens=st.integers(1, 20),
-        new=st.integers(1, 10),
-        adapter=st.sampled_from([None, *KEYS]),
-        copies=st.integers(1, 3),
+        head=st.integers(0, 18),
+        tail=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
+        new=st.integers(1, 20),
+        end=st.integers(1, 20),
+        adapter=st.sampled_from([None, *KEYS[:3], KEYS[0]]),
+        copies=st.integers(1, 4),
+        bad=st.none() | st.none() | st.integers(0, 24),
+        whole=st.booleans(),
     )
-    def add(self, tokens, new, adapter, copies):
-        tokens = min(tokens, self.capacity - 1)
-        new = min(new, self.capacity - tokens)
+    def add_row(self, head, tail, new, end, adapter, copies, bad, whole):
+        self.add(head, tail, new, end, adapter, copies, bad, whole)
+
+    def add(self, head, tail, new, end, adapter, copies, bad, whole):
+        prompt = ([1] * head + tail)[: self.capacity - 1]
+        new = min(new, self.capacity - len(prompt))
         for _ in range(copies):
             name = str(len(self.added))
-            self.alive[name] = sequence(name, tokens, adapter, new)
+            row = sequence(name, prompt, adapter, new, prompt_log_probs=whole and head % 3 == 0)
+            self.alive[name] = row
             self.added.append(name)
-            self.scheduler.add(self.alive[name])
+            self.ends[name] = min(end, new)
+            if bad is not None:
+                self.bad[name] = bad
+            self.scheduler.add(row)
+
+    @rule(
+        head=st.integers(0, 6),
+        new=st.integers(12, 20),
+        rows=st.integers(3, 6),
+        adapter=st.sampled_from([None, *KEYS[:2]]),
+    )
+    def add_crowd(self, head, new, rows, adapter):
+        """Rows that start with little and come to need much."""
+        for tail in range(rows):
+            self.add(head, [tail], new, new, adapter, 1, None, whole=False)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -83,24 +174,41 @@ class Machine(RuleBasedStateMachine):
         running = sorted(name for name, row in self.alive.items() if row.status is Status.RUNNING)
         self.scheduler.preempt(self.alive[data.draw(st.sampled_from(running))])
 
-    @rule(fails=st.booleans())
-    def step(self, fails):
-        queue = list(self.scheduler.waiting)
+    @rule(fails=st.sampled_from(["none", "none", "none", "first", "all"]), steps=st.integers(1, 4))
+    def steps(self, fails, steps):
+        self.step(fails)
+        for _ in range(steps - 1):
+            self.books_agree()
+            self.step()
+
+    def step(self, fails="none"):
+        waited = [row for row in self.alive.values() if row.status is Status.WAITING]
+        started = {row for row in self.alive.values() if row.started}
+        preempted = self.scheduler.num_preempted
         batch = self.scheduler.schedule()
         self.check_batch(batch)
-        self.check_order(queue, batch)
-        rows = list(batch.rows)
-        if fails and rows:  # a row that fails by itself leaves before the rest is recorded
-            self.end(rows.pop(0).sequence.request.id)
+        self.check_order(waited, started, batch)
+        self.device.prepare(self.scheduler.take_given_back(), batch.copies)
+        if self.scheduler.num_preempted == preempted:  # else some may have begun anew
+            self.check_reuse(waited, batch)
+        # A row that fails by itself leaves before the rest is recorded.
+        failing = [row.sequence for row in batch.rows[: {"none": 0, "first": 1, "all": 99}[fails]]]
+        failing += [row for row in self.device.run(batch) if row not in failing]
+        rows = [row for row in batch.rows if row.sequence not in failing]
+        for row in failing:
+            self.end(row.request.id)
         computed = {row.sequence.request.id: row.sequence.computed + row.num_tokens for row in rows}
-        ended = compute(self.scheduler, Batch(tuple(rows)))
+        ended = compute(self.scheduler, Batch(tuple(rows)), self.finish)
         for name, count in computed.items():
             assert self.alive[name].computed == count
         for row in ended:
             assert row.finish_reason is FinishReason.LENGTH
-            assert row.num_generated == row.request.params.max_new_tokens
+            assert row.num_generated == self.ends[row.request.id]
             del self.alive[row.request.id]
             self.ended[row.request.id] += 1
+
+    def finish(self, row):
+        return FinishReason.LENGTH if row.num_generated >= self.ends[row.request.id] else None
 
     def end(self, name):
         row = self.alive.pop(name)
@@ -117,25 +225,35 @@ class Machine(RuleBasedStateMachine):
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
         assert len({row.request.adapter for row in rows} - {None}) <= scheduler.slots.max_loras
         for slot, key in batch.loads:
-            self.device[slot] = key
-        for row, num_tokens in batch.rows:
+            self.slots[slot] = key
+        holders = Counter(block for row in rows for block in row.blocks)
+        for row, _, num_tokens, _ in batch.rows:
             assert 1 <= num_tokens <= row.remaining
             assert len(row.blocks) * scheduler.kv_cache.block_size >= row.computed + num_tokens
+            for number in range(row.computed, row.computed + num_tokens):
+                assert holders[self.device.place(row.blocks, number)[0]] == 1, "written to while shared"
             key = row.request.adapter
             assert (row.slot is None) == (key is None)
-            assert key is None or self.device[row.slot] == key, "a row would use another's adapter"
+            assert key is None or self.slots[row.slot] == key, "a row would use another's adapter"
 
-    def check_order(self, queue, batch):
-        scheduler = self.scheduler
-        started = {id(row.sequence) for row in batch.rows}
-        for place, row in enumerate(queue):
-            behind = [other for other in queue[place + 1 :] if id(other) in started]
-            if id(row) in started:
-                continue
-            self.passed[row.request.id] += len(behind)
-            assert self.passed[row.request.id] <= scheduler.max_passed_over
-            assert row.request.adapter is not None or not behind, "only a lack of slots lets others pass"
-            assert all(other.request.adapter != row.request.adapter for other in behind)
+    def check_order(self, waited, started, batch):
+        """The bound, and that preempted rows which can get a slot go before new ones."""
+        running = [row.sequence for row in batch.rows]
+        first_time = [row for row in running if row not in started]
+        for row in waited:
+            if row not in running:
+                self.passed[row.request.id] += sum(row.arrival < other.arrival for other in first_time)
+                assert self.passed[row.request.id] <= self.scheduler.waiting.max_passed_over
+                free = row.request.adapter is None or self.scheduler.slots.can_acquire(row.request.adapter)
+                assert not (row.started and free and first_time), "a new row went before a preempted one"
+
+    def check_reuse(self, waited, batch):
+        begun = [row.sequence for row in batch.rows if row.sequence in waited]
+        assert batch.reused_tokens == sum(min(row.computed, len(row.request.prompt)) for row in begun)
+        for row in begun:
+            may = self.scheduler.kv_cache.reuse and not row.request.params.prompt_log_probs
+            assert row.proven == row.computed < len(row.tokens)
+            assert may or row.computed == 0
 
     @invariant()
     def books_agree(self):
@@ -150,7 +268,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(most):
             if not self.alive:
                 break
-            self.step(fails=False)
+            self.step()
             self.books_agree()
         assert not self.alive, "the first running row always goes on, so that all of them end"
         assert self.ended == Counter(self.added)
@@ -158,19 +276,13 @@ class Machine(RuleBasedStateMachine):
 
 
 TestScheduler = Machine.TestCase
-TestScheduler.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
-def scheduler_of(
-    *, blocks=100, block_size=4, max_num_seqs=8, tokens=64, max_loras=2, max_passed_over=256, rows=()
-):
-    scheduler = Scheduler(
-        KVCache(blocks, block_size),
-        LoRASlots(max_loras),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=tokens,
-        max_passed_over=max_passed_over,
-    )
+def scheduler_of(*, blocks=100, max_num_seqs=8, tokens=64, max_loras=2, own=False, rows=(), **options):
+    cache = OwnBlocks(max_num_seqs, 400) if own else SharedBlocks(blocks, 4)
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": tokens, **options}
+    scheduler = Scheduler(cache, LoRASlots(max_loras), **limits)
     for row in rows:
         scheduler.add(row)
     return scheduler
@@ -178,6 +290,16 @@ def scheduler_of(
 
 def names(batch):
     return [row.sequence.request.id for row in batch.rows]
+
+
+def starts(scheduler):
+    """Names in the order in which rows start, all work done."""
+    seen = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        seen += [name for name in names(batch) if name not in seen]
+        compute(scheduler, batch)
+    return seen
 
 
 def test_nothing_to_do_is_an_empty_batch():
@@ -209,24 +331,30 @@ def test_chunk_leaves_a_token_for_every_row_behind_it():
         compute(scheduler, batch)
 
 
-def test_first_come_first_served_without_adapters():
+def test_rows_that_are_alike_start_in_the_order_in_which_they_came():
     rows = [sequence(str(number), 5) for number in range(5)]
     scheduler = scheduler_of(max_num_seqs=3, rows=rows)
     assert names(scheduler.schedule()) == ["0", "1", "2"]
 
 
 def test_row_without_room_is_not_passed_over_by_a_smaller_one():
-    big, small = sequence("big", 30), sequence("small", 1)
-    first = sequence("first", 8)
-    scheduler = scheduler_of(blocks=9, rows=[first, big, small])
+    scheduler = scheduler_of(blocks=9, rows=[sequence("first", 8)])
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(sequence("small", 1))
+    scheduler.add(sequence("big", 30))
     assert names(scheduler.schedule()) == ["first"]
+
+
+def test_first_row_of_an_empty_batch_starts_whatever_is_expected_of_it():
+    scheduler = scheduler_of(blocks=2, rows=[sequence("row", 3, max_new_tokens=1000)])
+    assert names(scheduler.schedule()) == ["row"]
 
 
 def test_row_that_waits_for_a_slot_lets_others_pass():
     rows = [sequence("a", adapter=KEYS[0]), sequence("b", adapter=KEYS[1]), sequence("base")]
     scheduler = scheduler_of(max_loras=1, rows=[*rows, sequence("a2", adapter=KEYS[0])])
     batch = scheduler.schedule()
-    assert names(batch) == ["a", "base", "a2"]
+    assert set(names(batch)) == {"a", "base", "a2"}
     assert batch.loads == ((0, KEYS[0]),)
     assert [row.request.id for row in scheduler.waiting] == ["b"]
 
@@ -245,17 +373,21 @@ def test_passed_over_row_is_next_once_the_bound_is_reached():
     scheduler.add(sequence("waits", adapter=KEYS[1]))
     for number in range(6):
         scheduler.add(sequence(f"base{number}", max_new_tokens=1))
-    seen = []
-    while scheduler.has_work:
-        batch = scheduler.schedule()
-        seen += [name for name in names(batch) if name not in seen]
-        compute(scheduler, batch)
-    assert seen[:4] == ["first", "base0", "base1", "waits"]
+    assert starts(scheduler)[:4] == ["first", "base0", "base1", "waits"]
 
 
-def test_preempted_row_is_first_in_the_queue_and_keeps_its_text():
+def test_bound_of_nothing_is_first_come_first_served():
+    rows = [
+        sequence(str(number), 1 + number % 3, [None, *KEYS][number % 4], max_new_tokens=1 + number % 5)
+        for number in range(30)
+    ]
+    assert starts(scheduler_of(max_passed_over=0, max_num_seqs=4, rows=rows)) == [str(n) for n in range(30)]
+
+
+def test_preempted_row_goes_before_new_ones_and_keeps_its_text():
     old, young = sequence("old", 6, max_new_tokens=10), sequence("young", 6, KEYS[0], max_new_tokens=10)
     scheduler = scheduler_of(blocks=4, rows=[old, young])
+    scheduler.lengths.ratio = 0.0  # nobody is expected to grow
     for _ in range(3):
         compute(scheduler, scheduler.schedule())
     scheduler.add(sequence("last"))
@@ -266,6 +398,45 @@ def test_preempted_row_is_first_in_the_queue_and_keeps_its_text():
     assert young.num_generated == 3
     assert (young.computed, young.blocks, young.slot) == (0, [], None)
     scheduler.check_integrity()
+    assert starts(scheduler) == ["old", "young", "last"]
+
+
+def test_preempted_row_without_a_slot_is_passed_by_no_more_rows_than_stated():
+    scheduler = scheduler_of(
+        max_num_seqs=2, max_loras=1, max_passed_over=2, rows=[sequence("p", adapter=KEYS[0])]
+    )
+    compute(scheduler, scheduler.schedule())
+    (preempted,) = scheduler.running
+    scheduler.preempt(preempted)
+    scheduler.slots.acquire(KEYS[1])  # by somebody who stays
+    for number in range(6):
+        scheduler.add(sequence(str(number), max_new_tokens=1))
+    seen = []
+    for _ in range(6):
+        batch = scheduler.schedule()
+        seen += names(batch)
+        compute(scheduler, batch)
+    assert seen == ["0", "1"]
+    assert scheduler.waiting.due is preempted
+    scheduler.slots.release(KEYS[1])
+    assert starts(scheduler) == ["p", "2", "3", "4", "5"]
+
+
+def test_row_that_loses_least_is_preempted():
+    long, short = sequence("long", 12, max_new_tokens=20), sequence("short", 5, max_new_tokens=20)
+    first = sequence("first", 4, max_new_tokens=20)
+    scheduler = scheduler_of(blocks=10, rows=[first])
+    scheduler.lengths.ratio = 0.0
+    compute(scheduler, scheduler.schedule())
+    for row in (short, long):
+        scheduler.add(row)
+        compute(scheduler, scheduler.schedule())
+    assert names(scheduler.schedule()) == ["first", "short", "long"]
+    compute(scheduler, scheduler.schedule())
+    while not scheduler.num_preempted:
+        compute(scheduler, scheduler.schedule())
+    assert short.status is Status.WAITING
+    assert {first.status, long.status} == {Status.RUNNING}
 
 
 def test_versions_of_one_name_have_slots_of_their_own():
@@ -274,109 +445,157 @@ def test_versions_of_one_name_have_slots_of_their_own():
     assert scheduler_of(rows=rows).schedule().loads == ((0, old), (1, new))
 
 
-# KVCache
+# Texts in common
+
+HEAD = [5] * 100
 
 
-def test_blocks_are_handed_out_lowest_first_and_taken_back():
-    cache = KVCache(4, 2)
-    first, second = [], []
-    assert cache.grow(first, 3)
-    assert cache.grow(second, 1)
-    assert (first, second, cache.num_free) == ([0, 1], [2], 1)
-    cache.free(first)
-    assert (first, cache.num_free) == ([], 3)
-    assert cache.grow(second, 4)
-    assert second == [2, 0]
-    cache.check_integrity([second])
+def job(count, adapters=(None,)):
+    """Rows that begin alike and end differently."""
+    return [
+        sequence(str(number), [*HEAD, number], adapters[number % len(adapters)]) for number in range(count)
+    ]
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
-def test_blocks_that_tokens_need(tokens, blocks):
-    cache = KVCache(8, 4)
-    assert cache.missing([], tokens) == blocks
-    assert cache.missing([7], tokens) == max(0, blocks - 1)
-    assert cache.missing([7, 6, 5, 4], tokens) == 0
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("tokens", [512, 40])
+def test_rows_of_a_job_compute_what_they_share_once_for_each_adapter(own, tokens):
+    adapters = [None, *KEYS[:2]]
+    scheduler = scheduler_of(own=own, tokens=tokens, blocks=400, max_num_seqs=6, rows=job(24, adapters))
+    computed = reused = 0
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        computed += sum(row.num_prompt_tokens for row in batch.rows)
+        reused += batch.reused_tokens
+        compute(scheduler, batch)
+        scheduler.check_integrity()
+    known = 96 if own else 100
+    assert reused == 21 * known
+    assert computed == 24 * 101 - reused
 
 
-def test_growth_that_does_not_fit_changes_nothing():
-    cache = KVCache(2, 2)
-    held = []
-    assert cache.grow(held, 2)
-    assert not cache.grow(held, 5)
-    assert (held, cache.num_free) == ([0], 1)
-    assert cache.grow(held, 1)
-    assert held == [0]
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("leave", ["abort", "preempt"])
+def test_followers_go_on_when_their_leader_leaves(own, leave):
+    scheduler = scheduler_of(own=own, tokens=64, rows=job(3))
+    compute(scheduler, scheduler.schedule())
+    scheduler.schedule()
+    (leader,) = scheduler.running
+    assert len(scheduler.waiting.aside) == 2
+    if leave == "abort":
+        scheduler.finish(leader, FinishReason.ERROR)
+    else:
+        scheduler.preempt(leader)
+    assert not scheduler.waiting.aside
+    scheduler.check_integrity()
+    assert set(starts(scheduler)) >= {"1", "2"}
 
 
-@pytest.mark.parametrize("held", [[[0]], [[0, 1], [1]], [[0], [1], [2]], [[0, 0]]])
-def test_block_lost_or_held_twice_is_noticed(held):
-    cache = KVCache(3, 1)
-    cache.grow([], 2)
-    with pytest.raises(AssertionError):
-        cache.check_integrity(held)
+def test_followers_keep_their_places():
+    """A new adapter does not get in between: it would stay longer than they have to wait."""
+    rows = [*job(4, [KEYS[0]]), sequence("other", 3, KEYS[1], max_new_tokens=1)]
+    scheduler = scheduler_of(tokens=512, max_num_seqs=4, rows=rows)
+    assert names(scheduler.schedule()) == ["0"]
 
 
-# LoRASlots
+def test_follower_that_is_aborted_is_not_brought_back():
+    follower = job(2)[1]
+    scheduler = scheduler_of(tokens=512, rows=[job(1)[0], follower])
+    batch = scheduler.schedule()
+    assert scheduler.waiting.aside == {follower}
+    scheduler.finish(follower, FinishReason.ERROR)
+    scheduler.check_integrity()
+    compute(scheduler, batch)
+    assert starts(scheduler) == ["0"]
 
 
-def test_adapter_is_fresh_once_and_then_shared():
-    slots = LoRASlots(2)
-    assert slots.acquire(KEYS[0]) == (0, True)
-    assert slots.acquire(KEYS[0]) == (0, False)
-    assert slots.acquire(KEYS[1]) == (1, True)
-    slots.check_integrity(Counter({KEYS[0]: 2, KEYS[1]: 1}))
+@pytest.mark.parametrize("own", [True, False])
+def test_row_that_needs_the_logits_of_its_prompt_reuses_nothing(own):
+    first, second = (sequence(name, HEAD, max_new_tokens=1) for name in "ab")
+    whole = sequence("c", HEAD, max_new_tokens=1, prompt_log_probs=True)
+    scheduler = scheduler_of(own=own, tokens=512, rows=[first])
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(whole)
+    scheduler.add(second)
+    batch = scheduler.schedule()
+    assert {row.sequence.request.id: row.num_tokens > 50 for row in batch.rows} == {"b": False, "c": True}
 
 
-def test_used_adapter_is_never_evicted():
-    slots = LoRASlots(2)
-    slots.acquire(KEYS[0])
-    slots.acquire(KEYS[1])
-    assert not slots.can_acquire(KEYS[2])
-    assert slots.can_acquire(KEYS[0])
-    slots.release(KEYS[1])
-    assert slots.acquire(KEYS[2]) == (1, True)
-    assert KEYS[1] not in slots
-    assert slots.resident == {KEYS[0]: 0, KEYS[2]: 1}
+@pytest.mark.parametrize("own", [True, False])
+def test_preempted_row_finds_its_own_blocks_again(own):
+    row = sequence("row", 50, max_new_tokens=30)
+    scheduler = scheduler_of(own=own, blocks=40, rows=[row])
+    for _ in range(15):
+        compute(scheduler, scheduler.schedule())
+    held = list(row.blocks)
+    scheduler.preempt(row)
+    ((again, _, num_tokens, _),) = scheduler.schedule().rows
+    assert again is row
+    assert num_tokens == 1  # 64 of 65 tokens
+    assert row.blocks[:16] == held[:16]
 
 
-def test_least_recently_used_idle_adapter_goes_first():
-    slots = LoRASlots(3)
-    for key in KEYS[:3]:
-        slots.acquire(key)
-        slots.release(key)
-    slots.acquire(KEYS[0])
-    slots.release(KEYS[0])
-    slots.acquire(KEYS[3])
-    assert set(slots.resident) == {KEYS[0], KEYS[2], KEYS[3]}
+def test_preempted_in_the_middle_of_its_prompt_finds_nothing():
+    """Nobody has looked at its logits yet."""
+    row = sequence("row", 50)
+    scheduler = scheduler_of(tokens=20, rows=[row])
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule())
+    blocks = list(row.blocks)
+    scheduler.preempt(row)
+    assert [(unproven.start, unproven.stop) for unproven in scheduler.take_given_back()] == [(0, 40)]
+    assert scheduler.schedule().rows[0].num_tokens == 20
+    assert row.blocks == blocks[:5]
 
 
-def test_idle_adapter_keeps_its_slot():
-    slots = LoRASlots(1)
-    slots.acquire(KEYS[0])
-    slots.release(KEYS[0])
-    assert KEYS[0] in slots
-    assert slots.acquire(KEYS[0]) == (0, False)
+def test_only_what_is_not_proven_is_given_back_to_be_cleaned():
+    row = sequence("row", 10, max_new_tokens=9)
+    scheduler = scheduler_of(rows=[row])
+    for _ in range(4):
+        compute(scheduler, scheduler.schedule())
+    scheduler.schedule()  # and that step's logits are not finite
+    blocks = list(row.blocks)
+    scheduler.finish(row, FinishReason.ERROR)
+    assert scheduler.take_given_back() == [(blocks[3:], 1, 2)]
+    other = sequence("other", 10, max_new_tokens=1)
+    scheduler.add(other)
+    compute(scheduler, scheduler.schedule())
+    assert other.status is Status.FINISHED
+    assert scheduler.take_given_back() == []
 
 
-def test_forgotten_adapter_leaves_its_slot_free():
-    slots = LoRASlots(1)
-    slots.acquire(KEYS[0])
-    with pytest.raises(AssertionError):
-        slots.forget(KEYS[0])
-    slots.release(KEYS[0])
-    slots.forget(KEYS[0])
-    assert slots.acquire(KEYS[0]) == (0, True)
-    slots.check_integrity(Counter({KEYS[0]: 1}))
+# Expectations
 
 
-def test_release_without_acquire_is_noticed():
-    slots = LoRASlots(1)
-    with pytest.raises(AssertionError):
-        slots.release(KEYS[0])
+def test_rows_that_are_expected_to_grow_out_of_the_cache_do_not_start_together():
+    rows = [sequence(name, 4, max_new_tokens=20) for name in "ab"]
+    scheduler = scheduler_of(blocks=9, rows=rows)
+    assert names(scheduler.schedule()) == ["a"]
+    scheduler = scheduler_of(blocks=13, rows=[sequence(name, 4, max_new_tokens=20) for name in "ab"])
+    assert names(scheduler.schedule()) == ["a", "b"]
 
 
-def test_users_that_are_not_counted_are_noticed():
-    slots = LoRASlots(1)
-    slots.acquire(KEYS[0])
-    with pytest.raises(AssertionError):
-        slots.check_integrity(Counter())
+def test_row_that_ends_before_another_grows_makes_room_in_the_forecast():
+    rows = [sequence("long", 4, max_new_tokens=20), sequence("short", 12, max_new_tokens=2)]
+    scheduler = scheduler_of(blocks=9, rows=rows)
+    assert set(names(scheduler.schedule())) == {"long", "short"}
+
+
+def test_share_of_max_new_tokens_that_rows_generate_is_learned():
+    scheduler = scheduler_of(max_num_seqs=1)
+    assert scheduler.lengths.ratio == 1.0
+    for number in range(100):
+        scheduler.add(sequence(str(number), 3, max_new_tokens=20))
+    while scheduler.has_work:
+        ends = lambda row: FinishReason.EOS_TOKEN if row.num_generated == 5 else None  # noqa: E731
+        compute(scheduler, scheduler.schedule(), ends)
+    assert scheduler.lengths.ratio == pytest.approx(0.25, abs=0.01)
+    scheduler.lengths.learn_shortage()
+    assert scheduler.lengths.ratio > 0.4
+
+
+def test_nothing_is_preempted_while_rows_are_no_longer_than_they_may_be():
+    rows = [sequence(str(number), 1 + number % 7, max_new_tokens=1 + number % 23) for number in range(60)]
+    scheduler = scheduler_of(blocks=15, rows=rows)
+    starts(scheduler)
+    assert scheduler.num_preempted == 0

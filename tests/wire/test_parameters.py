@@ -4,12 +4,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidParameters
-from worker.jobs import SamplingParams
+from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 from worker.wire.parameters import (
     MAX_NEW_TOKENS,
     MAX_SEED,
     MAX_STOP_CHARACTERS,
     MAX_STOP_SEQUENCES,
+    MAX_TOKEN_ID,
+    MAX_TOKEN_IDS,
     NAMES,
     read_parameters,
 )
@@ -24,9 +26,8 @@ JSON = st.recursive(
 
 
 def test_names_are_those_of_the_noun():
-    assert {field.name for field in msgspec.structs.fields(SamplingParams)} | {
-        "decoder_input_details"
-    } == NAMES
+    fields = {field.name for field in msgspec.structs.fields(SamplingParams)}
+    assert fields - {"prompt_log_probs"} == NAMES - {"decoder_input_details"}
 
 
 def test_nothing_said_is_greedy_with_djls_thirty_tokens():
@@ -45,6 +46,10 @@ def test_null_counts_as_absent():
         ({"temperature": 1}, True),
         ({"top_k": 0}, True),
         ({"top_p": 1.0}, True),
+        ({"typical_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+        ({"temperature": 0, "min_p": 0.1}, False),
+        ({"frequency_penalty": 1, "presence_penalty": 1, "logit_bias": {"5": 1}}, False),
         ({"seed": 1, "repetition_penalty": 1.2}, False),
         ({"temperature": 0}, False),
         ({"temperature": 0, "top_p": 0.5}, False),
@@ -80,6 +85,18 @@ def test_sampling_at_temperature_zero_is_a_contradiction():
         ("top_p", 5e-324),
         ("repetition_penalty", 1e-3),
         ("repetition_penalty", 1e3),
+        ("min_p", 0),
+        ("min_p", 1),
+        ("typical_p", 5e-324),
+        ("typical_p", 1),
+        ("frequency_penalty", -2),
+        ("frequency_penalty", 2),
+        ("presence_penalty", -2.0),
+        ("presence_penalty", 2.0),
+        ("min_new_tokens", 0),
+        ("min_new_tokens", 30),
+        ("top_n_tokens", 0),
+        ("top_n_tokens", MAX_TOP_N_TOKENS),
         ("seed", 0),
         ("seed", MAX_SEED),
         ("ignore_eos", True),
@@ -115,6 +132,28 @@ def test_the_last_good_value(name, value):
         ("repetition_penalty", 0),
         ("repetition_penalty", 9e-4),
         ("repetition_penalty", 1001),
+        ("min_p", -0.001),
+        ("min_p", 1.001),
+        ("min_p", float("nan")),
+        ("typical_p", 0),
+        ("typical_p", 1.001),
+        ("frequency_penalty", -2.001),
+        ("presence_penalty", 2.001),
+        ("presence_penalty", float("nan")),
+        ("presence_penalty", True),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 31),
+        ("min_new_tokens", 1.0),
+        ("top_n_tokens", -1),
+        ("top_n_tokens", MAX_TOP_N_TOKENS + 1),
+        ("top_n_tokens", True),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", 5),
+        ("allowed_token_ids", list(range(MAX_TOKEN_IDS + 1))),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", list(range(MAX_TOKEN_IDS + 1))),
+        ("logit_bias", []),
+        ("logit_bias", {str(token): 1 for token in range(MAX_TOKEN_IDS + 1)}),
         ("seed", -1),
         ("seed", MAX_SEED + 1),
         ("seed", 10**4000),
@@ -122,7 +161,6 @@ def test_the_last_good_value(name, value):
         ("do_sample", "true"),
         ("details", 0),
         ("ignore_eos", []),
-        ("decoder_input_details", True),
         ("decoder_input_details", 0),
         ("stop_sequences", "stop"),
         ("stop_sequences", {}),
@@ -143,8 +181,69 @@ def test_stop_sequences_at_their_limits():
             read_parameters({"stop_sequences": bad})
 
 
-def test_decoder_input_details_false_is_accepted():
+@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
+def test_token_ids_at_their_limits(name):
+    most = [*range(MAX_TOKEN_IDS - 1), MAX_TOKEN_ID]
+    assert getattr(read_parameters({name: most}), name) == tuple(most)
+    assert getattr(read_parameters({name: [7, 3, 7]}), name) == (7, 3)
+    for bad in (-1, MAX_TOKEN_ID + 1, 1.0, "1", True, None, [1]):
+        with pytest.raises(
+            InvalidParameters, match=rf"parameter {name}\[1\] is .+; it must be a whole number"
+        ):
+            read_parameters({name: [0, bad]})
+
+
+def test_no_stop_tokens_are_a_list_too():
+    assert read_parameters({"stop_token_ids": []}) == SamplingParams()
+
+
+def test_logit_bias_at_its_limits():
+    most = {str(token): -100 for token in range(MAX_TOKEN_IDS - 1)} | {str(MAX_TOKEN_ID): 100}
+    biases = read_parameters({"logit_bias": most}).logit_bias
+    assert len(biases) == MAX_TOKEN_IDS
+    assert (biases[0], biases[-1]) == ((0, -100.0), (MAX_TOKEN_ID, 100.0))
+    assert read_parameters({"logit_bias": {}}) == SamplingParams()
+
+
+@pytest.mark.parametrize("key", ["", "a", "-1", "1.0", " 1", "1_0", "٣", str(MAX_TOKEN_ID + 1), "9" * 5000])
+def test_a_bias_for_what_is_no_token_id_is_refused(key):
+    with pytest.raises(InvalidParameters, match=r"logit_bias's key is .+; it must be a whole") as caught:
+        read_parameters({"logit_bias": {key: 1}})
+    assert len(str(caught.value)) < 250
+
+
+def test_two_biases_for_one_token_are_refused():
+    with pytest.raises(InvalidParameters, match="logit_bias's key is '05'; it must be there once"):
+        read_parameters({"logit_bias": {"5": 1, "05": 2}})
+
+
+@pytest.mark.parametrize("bias", [-100.1, 100.1, float("inf"), float("nan"), None, "1", True])
+def test_a_bias_beyond_openais_limits_is_refused(bias):
+    with pytest.raises(
+        InvalidParameters, match=r"parameter logit_bias\[5\] is .+; it must be a number from -100"
+    ):
+        read_parameters({"logit_bias": {"5": bias}})
+
+
+def test_min_new_tokens_fit_into_max_new_tokens():
+    assert read_parameters({"min_new_tokens": 50, "max_new_tokens": 50}).min_new_tokens == 50
+    with pytest.raises(
+        InvalidParameters, match="min_new_tokens is 50; it must be at most max_new_tokens, 30"
+    ):
+        read_parameters({"min_new_tokens": 50})
+
+
+def test_decoder_input_details_ask_for_the_prompts_log_probs_and_for_details():
     assert read_parameters({"decoder_input_details": False}) == SamplingParams()
+    for others in ({}, {"details": False}, {"details": True}):
+        assert read_parameters({"decoder_input_details": True} | others) == SamplingParams(
+            prompt_log_probs=True, details=True
+        )
+
+
+def test_alternatives_bring_details():
+    assert read_parameters({"top_n_tokens": 3}) == SamplingParams(top_n_tokens=3, details=True)
+    assert read_parameters({"top_n_tokens": 0}) == SamplingParams()
 
 
 @pytest.mark.parametrize(

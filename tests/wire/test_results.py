@@ -83,6 +83,31 @@ def test_details_only_when_asked_for():
     }
 
 
+def test_prefill_and_top_tokens_only_when_there_are_some():
+    tokens = (TokenDetail(5, "o", -0.5), TokenDetail(6, "ut", -1.5))
+    prefill = (TokenDetail(1, "i", None), TokenDetail(2, "n", -2.5))
+    likely = (tokens[:1], tokens[::-1])
+    result = good(details=True, tokens=tokens)
+    (line,) = lines([msgspec.structs.replace(result, prefill=prefill, top_tokens=likely)])
+    assert list(line["details"]) == [
+        "finish_reason", "generated_tokens", "inputs", "prefill", "tokens", "top_tokens",
+    ]  # fmt: skip
+    assert line["details"]["prefill"] == [
+        {"id": 1, "text": "i", "log_prob": None},
+        {"id": 2, "text": "n", "log_prob": -2.5},
+    ]
+    assert [[own["id"] for own in place] for place in line["details"]["top_tokens"]] == [[5], [6, 5]]
+    (line,) = lines([msgspec.structs.replace(result, prefill=(), top_tokens=())])
+    assert (line["details"]["prefill"], line["details"]["top_tokens"]) == ([], [])
+
+
+@pytest.mark.parametrize("log_prob", [None, float("-inf"), -0.5])
+def test_any_log_prob_is_a_line_that_tally_reads(log_prob):
+    tokens = (TokenDetail(5, "o", log_prob),)
+    result = msgspec.structs.replace(good(details=True, tokens=tokens), prefill=tokens, top_tokens=(tokens,))
+    assert tally(encode_rows([result])).completed == 1
+
+
 def test_order_is_kept_and_no_rows_are_no_bytes():
     assert [line["id"] for line in lines([good(2), bad(0), good(1)])] == ["r2", "r0", "r1"]
     assert encode_rows([]) == b""

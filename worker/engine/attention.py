@@ -1,9 +1,11 @@
 """Attention over a packed batch and a block-wise cache, plugged in by transformers' attention interface.
 
 The batch is one row `[1, T]` of tokens: first the prefill rows, each a run of several tokens, then one
-token for each decoding row. Every layer writes its new keys and values to the cache, then attends.
+token for each decoding row. Every layer writes its new keys and values to the cache, then attends as the
+step's plan says.
 """
 
+import abc
 import itertools
 import math
 import mmap
@@ -12,14 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from worker.errors import ModelError
 
-_ROUND_LENGTH = 16
-"""Decode lengths are rounded up to a multiple of this, so that a row's sums are blocked alike
-whatever the longest row beside it: bf16 output then depends less on the neighbours."""
+Held = tuple[list[int], int, int]
+"""A row of a step: its blocks, the tokens of it that are in the cache, the tokens that go through now."""
 
 _HARMLESS = frozenset(
     {
@@ -34,131 +34,33 @@ _HARMLESS = frozenset(
 """Keyword arguments of an attention function that say nothing about its result here."""
 
 
-class Chunk(NamedTuple):
-    """A prefill row of the packed batch: tokens `start <= t < stop`, `offset` tokens of it cached before."""
+class Form(NamedTuple):
+    """What a model's attention is like, apart from softmax(q k scale) v."""
 
-    start: int
-    stop: int
-    offset: int
-    places: torch.Tensor | None
-    """[offset + stop - start], where the cache holds its tokens; None when offset is 0."""
-
-
-class AttentionPlan:
-    """Where one step's tokens are written, and what each may look at. The same for every layer.
-
-    Built once a step from `rows`, each `(blocks, offset, num_tokens)`, prefill rows first. Masks are
-    made when the first layer asks for them.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[tuple[list[int], int, int]],
-        *,
-        block_size: int,
-        device: torch.device,
-        cached: bool = True,
-    ) -> None:
-        self.cached = cached
-        """False neither reads nor writes the cache: whole prompts of two tokens or more only."""
-        self._device = device
-        self._block_size = block_size
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
-        self.chunks: list[Chunk] = []
-        decode: list[tuple[list[int], int]] = []
-        places: list[int] = []
-        start = 0
-        for blocks, offset, num_tokens in rows:
-            own = self._places(blocks, offset + num_tokens)
-            places += own[offset:]
-            if num_tokens == 1:
-                decode.append((blocks, offset + 1))
-            else:
-                assert not decode, "prefill rows come first"
-                known = torch.tensor(own, device=device) if offset else None
-                self.chunks.append(Chunk(start, start + num_tokens, offset, known))
-            start += num_tokens
-        self.num_tokens = start
-        self.decode_start = start - len(decode)
-        self.write = torch.tensor(places, dtype=torch.long, device=device)
-        self.decode = self._plan_decode(decode) if decode else None
-
-    def chunk_mask(self, index: int, window: int | None) -> torch.Tensor | None:
-        """[tokens, offset + tokens] bool for chunk `index`; None where plain causality says it all."""
-        key = (index, window)
-        if key not in self._masks:
-            self._masks[key] = self._make_chunk_mask(self.chunks[index], window)
-        return self._masks[key]
-
-    def decode_mask(self, window: int | None) -> torch.Tensor:
-        """[rows, 1, 1, length] bool, rows in the order of the decode plan's cache rows."""
-        key = (-1, window)
-        mask = self._masks.get(key)
-        if mask is None:
-            assert self.decode is not None
-            lengths = self.decode.lengths.unsqueeze(1)
-            position = torch.arange(self.decode.length, device=self._device)
-            mask = position < lengths
-            if window is not None:
-                mask &= position >= lengths - window
-            mask = self._masks[key] = mask[:, None, None, :]
-        return mask
-
-    def _places(self, blocks: list[int], num_tokens: int) -> list[int]:
-        size = self._block_size
-        ranges = (range(block * size, block * size + size) for block in blocks)
-        return list(itertools.islice(itertools.chain.from_iterable(ranges), num_tokens))
-
-    def _make_chunk_mask(self, chunk: Chunk, window: int | None) -> torch.Tensor | None:
-        end = chunk.offset + chunk.stop - chunk.start
-        if not chunk.offset and (window is None or end <= window):
-            return None
-        query = torch.arange(chunk.offset, end, device=self._device).unsqueeze(1)
-        key = torch.arange(end, device=self._device)
-        mask = key <= query
-        if window is not None:
-            mask &= key > query - window
-        return mask
-
-    def _plan_decode(self, rows: list[tuple[list[int], int]]) -> "DecodePlan":
-        lengths = [length for _, length in rows]
-        longest = -(-max(lengths) // _ROUND_LENGTH) * _ROUND_LENGTH
-        blocks = [held[0] for held, _ in rows]
-        low, span = min(blocks), max(blocks) - min(blocks) + 1
-        one_block_each = all(len(held) == 1 for held, _ in rows) and max(lengths) <= self._block_size
-        if not one_block_each or span > 2 * len(rows):
-            padded = [self._places(held, length) for held, length in rows]
-            padded = [own + own[-1:] * (longest - len(own)) for own in padded]
-            places = torch.tensor(padded, device=self._device)
-            return DecodePlan(torch.tensor(lengths, device=self._device), longest, places, 0, len(rows), None)
-        # Rows with one block each, close together: the cache is read in place, holes and all.
-        order = [block - low for block in blocks]
-        by_block = [0] * span
-        for position, length in zip(order, lengths, strict=True):
-            by_block[position] = length
-        return DecodePlan(
-            torch.tensor(by_block, device=self._device),
-            min(longest, self._block_size),
-            None,
-            low,
-            span,
-            None if order == list(range(span)) else torch.tensor(order, device=self._device),
-        )
+    scale: float
+    softcap: float | None
+    window: int | None
+    """How many of the latest tokens a token looks at, itself included; None for all."""
 
 
-class DecodePlan(NamedTuple):
-    """How the decoding rows, one token each, find their keys: by `places`, or in place by block."""
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""A layer's keys and values, `[blocks * block_size, heads, dim]`."""
 
-    lengths: torch.Tensor
-    """[rows], the tokens each cache row may look at; 0 for a block that no decoding row holds."""
-    length: int
-    """The longest of them, rounded up."""
-    places: torch.Tensor | None
-    """[rows, length], or None: then cache row i is block `low + i`."""
-    low: int
-    rows: int
-    order: torch.Tensor | None
-    """[decoding rows], the cache row of each; None when they are the same, in the same order."""
+
+class AttentionPlan(abc.ABC):
+    """Where a step's tokens are written, and what each may look at; the same for every layer."""
+
+    write: torch.Tensor | None = None
+    """[T], the places of the step's tokens; None if the step neither reads nor writes the cache."""
+
+    @abc.abstractmethod
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: Cache | None, form: Form
+    ) -> torch.Tensor:
+        """Query `[T, H, D]`, key and value of the same tokens, and a cache that has them -> `[T, H, Dv]`.
+
+        The cache is None if `write` is.
+        """
 
 
 class LayerShape(NamedTuple):
@@ -182,7 +84,7 @@ class PackedAttention:
         self.name = f"loramill_{next(self._numbers)}"
         self.plan: AttentionPlan | None = None
         self.shapes: dict[int, LayerShape] = {}
-        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: dict[int, Cache] = {}
         self._block_size = 0
         AttentionInterface.register(self.name, self)
 
@@ -206,16 +108,22 @@ class PackedAttention:
                 for dim in (shape.key_dim, shape.value_dim)
             )
 
-    def scrub(self, blocks: Sequence[int], num_tokens: int) -> None:
-        """Zero the first `num_tokens` places of `blocks`, before somebody else gets them.
+    def scrub(self, blocks: Sequence[int], num_tokens: int, start: int = 0) -> None:
+        """Zero the places of `blocks` from `start` up to `num_tokens`, before somebody else gets them.
 
         For a sequence whose keys and values may not be finite.
         """
         size = self._block_size
         for tensors in self._cache.values():
             for tensor, (number, block) in itertools.product(tensors, enumerate(blocks)):
-                used = max(0, min(size, num_tokens - number * size))
-                tensor[block * size : block * size + used] = 0
+                first, last = (min(size, max(0, place - number * size)) for place in (start, num_tokens))
+                tensor[block * size + first : block * size + last] = 0
+
+    def copy(self, source_block: int, target_block: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` places of one block to another, in all layers."""
+        source, target = source_block * self._block_size, target_block * self._block_size
+        for tensor in itertools.chain.from_iterable(self._cache.values()):
+            tensor[target : target + num_tokens] = tensor[source : source + num_tokens]
 
     def __call__(  # noqa: PLR0917 (transformers passes them by position)
         self,
@@ -238,50 +146,15 @@ class PackedAttention:
         layer: int = module.layer_idx  # type: ignore[assignment]
         if layer not in self.shapes:
             self._note(layer, key, value, sliding_window, others)
-        output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-        cache = self._cache.get(layer) if plan.cached else None
-        if cache is not None:
-            for store, new in zip(cache, (key, value), strict=True):
-                store.index_copy_(0, plan.write, new[0].transpose(0, 1))
-        attend = _Attend(scaling, softcap, query.shape[1] // key.shape[1])
-        for index, chunk in enumerate(plan.chunks):
-            keys, values = key[:, :, chunk.start : chunk.stop], value[:, :, chunk.start : chunk.stop]
-            if chunk.places is not None:
-                assert cache is not None
-                keys, values = (store[chunk.places].transpose(0, 1).unsqueeze(0) for store in cache)
-            mask = plan.chunk_mask(index, sliding_window)
-            result = attend.prefill(query[:, :, chunk.start : chunk.stop], keys, values, mask)
-            output[chunk.start : chunk.stop] = result[0].transpose(0, 1)
-        if plan.decode is not None:
-            assert cache is not None
-            queries = query[0, :, plan.decode_start :].transpose(0, 1).contiguous()
-            output[plan.decode_start :] = self._decode(queries, cache, plan, sliding_window, attend)
+        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        cache = None
+        if plan.write is not None:
+            cache = self._cache[layer]
+            for store, new in zip(cache, (keys, values), strict=True):
+                store.index_copy_(0, plan.write, new)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = plan.attend(queries, keys, values, cache, Form(scale, softcap, sliding_window))
         return output.unsqueeze(0), None
-
-    def _decode(
-        self,
-        query: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        plan: AttentionPlan,
-        window: int | None,
-        attend: "_Attend",
-    ) -> torch.Tensor:
-        decode = plan.decode
-        assert decode is not None
-        if decode.places is not None:
-            keys, values = (store[decode.places].transpose(1, 2) for store in cache)
-        else:
-            keys, values = (
-                store.view(-1, self._block_size, *store.shape[1:])[
-                    decode.low : decode.low + decode.rows, : decode.length
-                ].transpose(1, 2)
-                for store in cache
-            )
-        if decode.order is None:
-            return attend.decode(query, keys, values, plan.decode_mask(window))
-        spread = query.new_zeros(decode.rows, *query.shape[1:])
-        spread[decode.order] = query
-        return attend.decode(spread, keys, values, plan.decode_mask(window))[decode.order]
 
     def _note(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None, others: dict[str, Any]
@@ -297,55 +170,6 @@ class PackedAttention:
         if strange:
             raise ModelError(f"the model's attention needs {', '.join(strange)}, which is not supported")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], window, key.dtype)
-
-
-class _Attend(NamedTuple):
-    """softmax(q k / scale) v, with the model's own scale, soft cap and head grouping."""
-
-    scaling: float | None
-    softcap: float | None
-    group: int
-    """Query heads for each key head."""
-
-    def prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Query [1, H, Tq, D], key [1, Hkv, Tk, D], mask [Tq, Tk] or None for causal -> [1, H, Tq, D]."""
-        if self.group > 1:
-            key, value = (tensor.repeat_interleave(self.group, dim=1) for tensor in (key, value))
-        if self.softcap is None:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling
-            )
-        if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        return self._soft_capped(query, key, value, mask)
-
-    def decode(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Query [n, H, D], key [n, Hkv, L, D], mask [n, 1, 1, L] -> [n, H, D].
-
-        The query heads of a group stand where query tokens would: nothing is repeated.
-        """
-        grouped = query.view(len(query), -1, self.group, query.shape[-1])
-        if self.softcap is None:
-            result = functional.scaled_dot_product_attention(
-                grouped, key, value, attn_mask=mask, scale=self.scaling
-            )
-        else:
-            result = self._soft_capped(grouped, key, value, mask)
-        return result.flatten(1, 2)
-
-    def _soft_capped(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        assert self.softcap is not None
-        scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = torch.tanh(query @ key.transpose(-1, -2) * scale / self.softcap) * self.softcap
-        # The lowest number rather than -inf: a row that may look at nothing stays finite.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,10 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from worker.engine.products import has_bfloat16
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import ModelError
 
@@ -40,13 +42,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    """`float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own type on a GPU, float32 on a CPU."""
+    """`float32`, `bfloat16`, `float16`, or `auto`.
+
+    `auto` is the checkpoint's own type on a GPU. On a CPU it is bfloat16 if that is the checkpoint's type
+    and the processor has instructions for it, and float32 otherwise.
+    """
     if name != "auto":
         return _DTYPES[name]
     own = getattr(config, "dtype", None)
-    if device.type == "cuda" and isinstance(own, torch.dtype) and own in _DTYPES.values():
-        return own
-    return torch.float32
+    if device.type == "cuda":
+        return own if isinstance(own, torch.dtype) and own in _DTYPES.values() else torch.float32
+    return torch.bfloat16 if own == torch.bfloat16 and has_bfloat16(device) else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def load_base_model(
@@ -65,6 +78,7 @@ def load_base_model(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
+        _check_memory(config, chosen, device, trust_remote_code=trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -85,6 +99,21 @@ def load_base_model(
         device=device,
         dtype=chosen,
     )
+
+
+def _check_memory(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+) -> None:
+    """Raise ModelError if the weights alone are more than what is free."""
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+    needed = sum(parameter.numel() for parameter in shape.parameters()) * dtype.itemsize
+    free = free_memory(device)
+    if needed > free:
+        raise ModelError(
+            f"the base model's weights need {needed >> 20} MiB in {dtype}, "
+            f"{free >> 20} MiB are free on {device}"
+        )
 
 
 def _check_supported(model: PreTrainedModel) -> None:

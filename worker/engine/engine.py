@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.adapter import LoRAWeights
-from worker.engine.kv_cache import KVCache
+from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
-from worker.engine.model_runner import ModelRunner
-from worker.engine.sampler import Sample
+from worker.engine.model_runner import ModelRunner, Outcome
+from worker.engine.sampler import check
 from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.tokenizer import TextStream, Tokenizer
@@ -31,6 +31,8 @@ class StepStats(NamedTuple):
     adapters: int
     """Distinct adapters in the batch."""
     prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens of the rows that started in this step which were in the cache already."""
     generated_tokens: int
     running: int
     waiting: int
@@ -49,7 +51,9 @@ class Engine:
     """Continuous batching over one base model and the adapters of `weights`.
 
     A request's adapter must be loaded, and stay so, from `add` to its completion: `weights` is asked
-    for it when the adapter gets a slot, perhaps more than once.
+    for it when the adapter gets a slot, perhaps more than once. With `prefix_reuse`, rows of one adapter
+    version that begin with the same tokens compute them once. `max_passed_over` is the most rows that
+    start before one that came earlier.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_loras: int,
+        prefix_reuse: bool = True,
+        max_passed_over: int = 256,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
@@ -70,10 +76,11 @@ class Engine:
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
         self._scheduler = Scheduler(
-            KVCache(*runner.cache_shape),
+            _kv_cache(runner.cache_shape, max_model_len, reuse=prefix_reuse),
             LoRASlots(max_loras),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_passed_over=max_passed_over,
         )
         self._sequences: dict[str, Sequence] = {}
         self._streams: dict[str, TextStream] = {}
@@ -90,6 +97,7 @@ class Engine:
         if max(request.prompt) >= self._runner.vocab_size:
             known = f"the base model knows {self._runner.vocab_size} tokens"
             raise InvalidParameters(f"The prompt has token {max(request.prompt)}, {known}")
+        check(request.params, self._runner.num_logits, self._eos)
         whole = len(request.prompt) + request.params.max_new_tokens
         if whole > self._max_model_len:
             raise PromptTooLong(
@@ -123,8 +131,10 @@ class Engine:
         """
         started = time.perf_counter()
         batch = self._scheduler.schedule()
-        for blocks, num_tokens in self._scheduler.take_given_back():
-            self._runner.scrub(blocks, num_tokens)
+        for unproven in self._scheduler.take_given_back():
+            self._runner.scrub(unproven.blocks, unproven.stop, unproven.start)
+        self._runner.copy_prefixes(batch.copies)
+        reused_tokens = batch.reused_tokens
         batch, refused = self._put_adapters(batch)
         scheduled = time.perf_counter()
         prompt_tokens = sum(row.num_prompt_tokens for row in batch.rows)
@@ -138,6 +148,7 @@ class Engine:
             rows=len(computed),
             adapters=len({row.sequence.request.adapter for row in computed} - {None}),
             prompt_tokens=prompt_tokens,
+            reused_tokens=reused_tokens,
             generated_tokens=generated_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -180,14 +191,14 @@ class Engine:
         if not batch.rows:
             return [], []
         try:
-            samples = self._runner.run(batch)
+            outcome = self._runner.run(batch)
         except torch.OutOfMemoryError as exc:
             torch.cuda.empty_cache()
             return self._split(batch, exc, "oom")
         except Exception as exc:  # noqa: BLE001 (whatever a model raises is one row's until shown otherwise)
             return self._split(batch, exc, "internal")
         self._failed_alone = 0
-        return self._record(batch, samples), list(batch.rows)
+        return self._record(batch, outcome), list(batch.rows)
 
     def _split(self, batch: Batch, exc: Exception, code: str) -> tuple[list[Completion], list[ScheduledRow]]:
         if len(batch.rows) == 1:
@@ -211,9 +222,11 @@ class Engine:
         self._scheduler.finish(sequence, FinishReason.ERROR)
         return self._complete(sequence, failure)
 
-    def _record(self, batch: Batch, samples: list[Sample]) -> list[Completion]:
+    def _record(self, batch: Batch, outcome: Outcome) -> list[Completion]:
         completions = []
-        sampled = iter(samples)
+        sampled = iter(outcome.samples)
+        for row, log_probs in zip(batch.rows, outcome.prompt_log_probs, strict=True):
+            row.sequence.prompt_log_probs += log_probs
         kept_rows, kept_samples = [], []
         for row in batch.rows:
             own = next(sampled) if row.samples else None
@@ -223,7 +236,7 @@ class Engine:
                 continue
             kept_rows.append(row)
             if own is not None:
-                kept_samples.append((own.token, own.log_prob))
+                kept_samples.append((own.token, own.log_prob, own.top_tokens))
         ended = self._scheduler.update(Batch(tuple(kept_rows)), kept_samples, self._finish_reason)
         return completions + [self._complete(sequence) for sequence in ended]
 
@@ -232,6 +245,8 @@ class Engine:
         params = sequence.request.params
         if sequence.tokens[-1] in self._eos and not params.ignore_eos:
             return FinishReason.EOS_TOKEN
+        if sequence.tokens[-1] in params.stop_token_ids:
+            return FinishReason.STOP_SEQUENCE
         if params.stop_sequences and self._meets_stop(sequence):
             return FinishReason.STOP_SEQUENCE
         if sequence.num_generated >= params.max_new_tokens:
@@ -241,7 +256,7 @@ class Engine:
     def _meets_stop(self, sequence: Sequence) -> bool:
         stream = self._streams[sequence.request.id]
         new = stream.push(sequence.tokens[-1])
-        if not new:
+        if not new or sequence.num_generated <= sequence.request.params.min_new_tokens:
             return False
         stops = sequence.request.params.stop_sequences
         # A stop sequence may have begun in earlier tokens, but it ends in the new text.
@@ -258,7 +273,10 @@ class Engine:
             assert stream is not None
             text = stream.text[: sequence.text_end]
         else:
-            text = self._tokenizer.continuation(request.prompt, sequence.generated)
+            said = sequence.generated
+            if said and said[-1] in request.params.stop_token_ids:
+                said = said[:-1]
+            text = self._tokenizer.continuation(request.prompt, said)
         assert sequence.finish_reason is not None
         return Completion(
             request_id=request.id,
@@ -267,5 +285,14 @@ class Engine:
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(request.prompt),
             log_probs=tuple(sequence.log_probs) if request.params.details else None,
+            top_tokens=tuple(sequence.top_tokens) if request.params.top_n_tokens else None,
+            prompt_log_probs=tuple(sequence.prompt_log_probs) if request.params.prompt_log_probs else None,
             failure=failure,
         )
+
+
+def _kv_cache(shape: tuple[int, int], max_model_len: int, *, reuse: bool) -> KVCache:
+    """Blocks that hold any sequence whole are its own; smaller ones are shared."""
+    num_blocks, block_size = shape
+    mode = OwnBlocks if block_size >= max_model_len else SharedBlocks
+    return mode(num_blocks, block_size, reuse=reuse)

@@ -1,154 +1,159 @@
-"""LoRA on the modules of a base model, by forward hooks: the modules and their names stay as they are."""
+"""LoRA on the projections of a base model: adapters by slot, and the way of each step."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import LoRAPair, LoRAWeights, Target
-from worker.engine.lora_ops import Run, add_lora_packed, add_lora_segments, foreign_ranks, pack_pairs
+from worker.engine.adapter import LoRAWeights
+from worker.engine.lora_bank import LoRABank
+from worker.engine.lora_ops import Lanes
+from worker.engine.lora_plan import Costs, Demand, LaneBook, Run, Way, cheapest, merge_runs
+from worker.engine.lora_step import LoRAStep, PackedTokens, stand_in_lanes
+from worker.engine.projections import Projection
 
-_PACKED_LIMIT = 1 << 15
-"""Packed products waste tokens x ranks on columns that are masked; beyond this the runs are cheaper.
-tests/benchmarks/lora_ops.py prints the measurement."""
-
-
-class LoRAPlan:
-    """How one step applies LoRA; the same for every module.
-
-    `runs` covers the tokens that use an adapter; base rows are in none. A plan is built once a step
-    and dropped after it.
-    """
-
-    def __init__(self, runs: Sequence[Run], num_tokens: int) -> None:
-        self.runs = tuple(runs)
-        self.num_tokens = num_tokens
-        self.slots = tuple(sorted({slot for slot, _, _ in runs}))
-        self._foreign: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
-
-    def prefers_packed(self, total_rank: int) -> bool:
-        return len(self.runs) > 2 and self.num_tokens * total_rank <= _PACKED_LIMIT
-
-    def foreign(self, layout: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-        """See `foreign_ranks`; modules with the same layout share it."""
-        mask = self._foreign.get(layout)
-        if mask is None:
-            mask = self._foreign[layout] = foreign_ranks(self.runs, layout, self.num_tokens, device)
-        return mask
+_LANE_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks for which there are banks of lanes; an adapter goes to the first that holds it."""
 
 
 class LoRALayers:
-    """The slot banks of a model: for every module that some adapter uses, the weights by slot.
+    """The adapters in the slots of one engine, used from its thread only.
 
-    Owned by one engine and used from its thread. While `plan` is None every module computes what it
-    computes without LoRA. A module gets its hook when the first adapter needs it.
+    While `step` is None every projection computes what it computes without LoRA.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.plan: LoRAPlan | None = None
-        self._modules = dict(model.named_modules())
+    def __init__(
+        self,
+        projections: Mapping[tuple[str, ...], Projection],
+        costs: Costs = Costs(),  # noqa: B008 (it never changes)
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        """`projections` by the names of their modules."""
+        self.step: LoRAStep | None = None
+        self.costs = costs
         self._device = device
-        self._banks: dict[str, _Bank] = {}
+        self._banks = {
+            names: LoRABank(projection.in_features, projection.sizes)
+            for names, projection in projections.items()
+        }
+        for names, projection in projections.items():
+            projection.addition = _Addition(self, self._banks[names])
+        modules = sum(len(projection.sizes) for projection in projections.values())
+        features = sum(p.in_features * len(p.sizes) + sum(p.sizes) for p in projections.values())
+        self._features = features // max(1, modules)
+        self._ranks: dict[int, int] = {}
+        self._books = {rank: LaneBook() for rank in _LANE_RANKS}
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
         self.clear(slot)
-        for name, pair in weights.pairs.items():
-            bank = self._banks.get(name)
-            if bank is None:
-                bank = self._banks[name] = _Bank(self)
-                self._modules[name].register_forward_hook(bank)
-            bank.put(slot, LoRAPair(*(tensor.to(self._device, non_blocking=True) for tensor in pair)))
+        self._ranks[slot] = weights.rank
+        for names, bank in self._banks.items():
+            bank.put(slot, [weights.pairs.get(name) for name in names])
 
     def clear(self, slot: int) -> None:
+        self._ranks.pop(slot, None)
+        for book in self._books.values():
+            book.forget(slot)
         for bank in self._banks.values():
             bank.clear(slot)
 
+    def place(self, slot: int | None) -> tuple[int, int]:
+        """A key to sort decoding rows by: `plan` wants rows that are served together side by side."""
+        return (-1, -1) if slot is None else (self._lane_rank(slot), slot)
 
-class _Bank:
-    """One module's adapters, by slot; called as the module's forward hook."""
+    def plan(self, spans: Sequence[tuple[int | None, int]]) -> LoRAStep | None:
+        """The step for rows of `(slot, tokens)`; None when none has an adapter.
 
-    def __init__(self, layers: LoRALayers) -> None:
-        self._layers = layers
-        self._pairs: dict[int, LoRAPair] = {}
-        self._packed_slots: tuple[int, ...] | None = None
-        self._packed: LoRAPair | None = None
-        self._layout: tuple[tuple[int, int], ...] = ()
+        Rows of one token, which decode, come last, in the order of `place`. Fills the lanes that the step
+        needs.
+        """
+        num_chunks = next((index for index, (_, tokens) in enumerate(spans) if tokens == 1), len(spans))
+        chunks = merge_runs(spans[:num_chunks])
+        decode = merge_runs(spans[num_chunks:], sum(tokens for _, tokens in spans[:num_chunks]))
+        if not chunks and not decode:
+            return None
+        match self._choose(decode):
+            case Way.SEGMENTS:
+                return LoRAStep(chunks + decode)
+            case Way.PACKED:
+                return LoRAStep(chunks, PackedTokens(decode, self._device))
+            case Way.LANES:
+                return LoRAStep(chunks, lanes=dict(self._stand_in_lanes(decode)))
 
-    def put(self, slot: int, pair: LoRAPair) -> None:
-        self._pairs[slot] = pair
-        self._packed_slots = None
+    def _lane_rank(self, slot: int) -> int:
+        """The rank of the bank whose lanes hold the adapter in `slot`; 0 if there is none so large."""
+        return next((rank for rank in _LANE_RANKS if rank >= self._ranks[slot]), 0)
 
-    def clear(self, slot: int) -> None:
-        if self._pairs.pop(slot, None) is not None:
-            self._packed_slots = None
+    def _choose(self, decode: Sequence[Run]) -> Way:
+        if len(decode) < 2:
+            return Way.SEGMENTS
+        banks = self._by_bank(decode)
+        demand = Demand(
+            counts=tuple(stop - start for _, start, stop in decode),
+            ranks=tuple(self._ranks[slot] for slot, _, _ in decode),
+            lane_ranks=sum(
+                rank * self._books[rank].reach(slot for slot, _, _ in runs)
+                for rank, runs in banks.items()
+                if rank
+            ),
+            banks=0 if 0 in banks else len(banks),
+        )
+        return cheapest(demand, self._features, self.costs)
 
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        plan = self._layers.plan
-        if plan is None:
-            return
-        y = output.view(-1, output.shape[-1])
-        x = args[0].reshape(-1, args[0].shape[-1])
-        assert len(x) == plan.num_tokens, "an adapter is on a module that does not see the batch's tokens"
-        pair = next(iter(self._pairs.values()), None)
-        if pair is None:
-            return
-        if pair.a.dtype == y.dtype:
-            self._add(x, y, plan)
-        else:  # `lora_dtype` differs from the base model's: the product is made in it, the sum in ours
-            delta = torch.zeros_like(y, dtype=pair.a.dtype)
-            self._add(x.to(pair.a.dtype), delta, plan)
-            y.add_(delta)
+    def _by_bank(self, decode: Sequence[Run]) -> dict[int, list[Run]]:
+        return {
+            rank: list(runs) for rank, runs in itertools.groupby(decode, lambda run: self._lane_rank(run[0]))
+        }
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, plan: LoRAPlan) -> None:
-        packed = self._pack(plan.slots)
-        if packed is None:
-            return
-        if plan.prefers_packed(packed.rank):
-            add_lora_packed(x, y, packed, plan.foreign(self._layout, x.device))
-        else:
-            add_lora_segments(x, y, plan.runs, self._pairs)
-
-    def _pack(self, slots: tuple[int, ...]) -> LoRAPair | None:
-        """The pairs of `slots` side by side; kept until the active slots or their weights change."""
-        if slots != self._packed_slots:
-            present = [slot for slot in slots if slot in self._pairs]
-            self._packed = pack_pairs([self._pairs[slot] for slot in present]) if present else None
-            self._layout = tuple((slot, self._pairs[slot].rank) for slot in present)
-            self._packed_slots = slots
-        return self._packed
-
-
-def find_targets(
-    model: PreTrainedModel, seen_tokens: Mapping[str, int], num_tokens: int
-) -> dict[str, Target]:
-    """Every module that a `target_modules` may name, with its features, or why it cannot take LoRA.
-
-    `seen_tokens` says how many tokens each leaf module saw in a forward pass of `num_tokens`: a module
-    that sees others (an expert, the head) has no slot for them.
-    """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    targets = {}
-    for name, module in model.named_modules():
-        if not name or next(module.children(), None) is not None:
-            continue
-        features = _features(module)
-        if features is None:
-            targets[name] = Target(0, 0, f"{type(module).__name__} modules are not supported")
-        elif module is head:
-            targets[name] = Target(*features, "the output embedding is not supported", is_head=True)
-        elif seen_tokens.get(name) != num_tokens:
-            targets[name] = Target(*features, "its input is not the tokens of the batch")
-        else:
-            targets[name] = Target(*features)
-    return targets
+    def _stand_in_lanes(self, decode: Sequence[Run]) -> Iterator[tuple[int, Lanes]]:
+        for rank, runs in self._by_bank(decode).items():
+            book = self._books[rank]
+            for slot in book.assign(slot for slot, _, _ in runs):
+                for bank in self._banks.values():
+                    bank.fill_lane(rank, book.lanes[slot], slot)
+            yield rank, stand_in_lanes(runs, book.lanes, self._device)
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    if type(module) is nn.Linear:
-        return module.in_features, module.out_features
-    if type(module) is Conv1D:
-        return module.nx, module.nf
-    return None
+class _Addition:
+    """What a projection calls with its input and output."""
+
+    def __init__(self, layers: LoRALayers, bank: LoRABank) -> None:
+        self._layers, self._bank = layers, bank
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        step = self._layers.step
+        if step is not None:
+            self._bank.add(x, y, step)
+
+
+def measure_costs(device: torch.device, dtype: torch.dtype) -> Costs:
+    """What `device` charges for the operators that LoRA is made of. Takes some hundred milliseconds."""
+    rows, features, rank, count = 16, 1024, 8, 16
+    x = torch.randn(rows, features, device=device).to(dtype)
+    few = torch.randn(1, 1, device=device).to(dtype)
+    many = torch.randn(16, count * rank, features, device=device).to(dtype)  # more than a cache holds
+    lanes = many.view(16, count, rank, features)
+    standing = x.view(count, 1, features)
+    call = _seconds(device, lambda: few @ few)
+    dense = _seconds(device, lambda: [x @ a.T for a in many]) / len(many) - call
+    thin = _seconds(device, lambda: [torch.bmm(standing, a.mT) for a in lanes]) / len(lanes) - call
+    return Costs(
+        call_seconds=call,
+        multiply_seconds=max(0.0, dense) / (rows * count * rank * features),
+        read_seconds=max(0.0, thin) / (count * rank * features),
+    )
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """The best of several tries: whatever else the machine does only adds."""
+    best = math.inf
+    for _ in range(8):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

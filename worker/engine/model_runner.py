@@ -3,28 +3,31 @@
 import itertools
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 
 from worker.engine.adapter import LoRAWeights, Target
-from worker.engine.attention import AttentionPlan, PackedAttention
-from worker.engine.base_model import BaseModel
-from worker.engine.lora_layers import LoRALayers, LoRAPlan, find_targets
-from worker.engine.lora_ops import Run
-from worker.engine.sampler import Sample, sample
+from worker.engine.attention import PackedAttention
+from worker.engine.base_model import BaseModel, free_memory
+from worker.engine.discovery import Discovery, discover
+from worker.engine.executor import Executor, HostExecutor, PackedRow
+from worker.engine.kv_cache import BlockCopy
+from worker.engine.limits import EngineLimits
+from worker.engine.lora_layers import LoRALayers
+from worker.engine.lora_plan import Costs
+from worker.engine.projections import Projection, tied_weights
+from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare, prompt_log_probs
 from worker.engine.scheduler import Batch, ScheduledRow
 from worker.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 _PAGED_BLOCK_SIZE = 32
-_CPU_MEMORY_SHARE = 0.4
-_CUDA_MEMORY_SHARE = 0.85
+_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
+"""Of the free memory: a GPU is ours alone, a host is not, and holds adapters as well."""
 _WINDOWS = ("sliding_window", "keep_window_size", "attention_window_size", "window_size")
 """Names under which configurations keep the length of a local attention."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -42,6 +45,29 @@ class Timings(NamedTuple):
     sample_seconds: float
 
 
+class Launched(NamedTuple):
+    """A step that the device works on."""
+
+    batch: Batch
+    places: dict[int, int]
+    """By the id of a sequence that samples, where its token is in `sampled`."""
+    sampled: Sampled | None
+    """On the device; None if no row samples."""
+    fetched: Sampled | None
+    """The same, on its way to the host."""
+    scores: dict[int, torch.Tensor]
+    """Log-probabilities of prompt tokens by the id of the sequence, on the device."""
+
+
+class Outcome(NamedTuple):
+    """What came of a step."""
+
+    samples: list[Sample]
+    """For each row that reached its end, in the batch's order."""
+    prompt_log_probs: list[list[float]]
+    """For each row, of its `scored` tokens."""
+
+
 class ModelRunner:
     """Owns the base model's forward pass: its attention, its cache, its LoRA banks. One thread only.
 
@@ -49,24 +75,45 @@ class ModelRunner:
     the model computes by itself, and raises ModelError if it does not.
     """
 
-    def __init__(self, base: BaseModel, *, max_num_seqs: int, cache_shape: CacheShape | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        limits: EngineLimits,
+        *,
+        cache_shape: CacheShape | None = None,
+        memory_share: float | None = None,
+        costs: Costs | None = None,
+        kernels: bool | None = None,
+    ) -> None:
+        """`memory_share` is the part of the memory left by the weights that the KV cache may take.
+
+        None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
+        what LoRA goes by on a CPU, and `kernels` whether the project's own kernels run: on a GPU they do.
+        """
         self._base = base
         self._model = base.model
+        self._limits = limits
+        self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
-        self._lora = LoRALayers(base.model, base.device)
         self.timings = Timings(0.0, 0.0, 0.0)
-        self.targets: dict[str, Target] = {}
-        """Modules that adapters may name."""
         embeddings: Any = base.model.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
         """Token ids from this on are unknown to the model."""
         probe = self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
         with torch.inference_mode():
             expected = probe.expected(base.model, base.device)
+            self.num_logits: int = expected.shape[-1]
+            """Token ids from this on are never generated."""
             base.model.set_attn_implementation(self._attention.name)
-            self._discover(probe)
-            self.cache_shape = cache_shape or self._choose_cache_shape(max_num_seqs)
-            self._attention.allocate(*self.cache_shape, base.device)
+            found = self._discover(probe)
+            self.targets: dict[str, Target] = found.targets
+            """Modules that adapters may name."""
+            projections = self._project(found)
+            self.cache_shape = cache_shape or self._choose_cache_shape(limits.max_num_seqs, memory_share)
+            self._attention.allocate(
+                self.cache_shape.num_blocks + self._kernels, self.cache_shape.block_size, base.device
+            )
+            self._executor = self._make_executor(projections, costs)
             self._verify(probe, expected)
 
     @property
@@ -75,95 +122,112 @@ class ModelRunner:
         return blocks * size * self._attention.bytes_per_token
 
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
-        self._lora.put(slot, weights)
+        self._executor.lora.put(slot, weights)
 
     @torch.inference_mode()
     def is_sound(self) -> bool:
         """Whether a batch that is known to be good can still be computed. Leaves the cache alone."""
         try:
-            with self._step(self._uncached_plan(self._probe), None):
-                return bool(torch.isfinite(self._forward(*self._probe.packed())).all())
+            return bool(torch.isfinite(self._executor.run_uncached(self._probe.prompts)).all())
         except Exception:  # what it cannot do is what was asked
             logger.exception("a batch that is known to be good failed")
             return False
 
     @torch.inference_mode()
-    def scrub(self, blocks: list[int], num_tokens: int) -> None:
-        """Forget the first `num_tokens` tokens in `blocks`, whose keys and values may not be finite."""
-        self._attention.scrub(blocks, num_tokens)
+    def scrub(self, blocks: list[int], num_tokens: int, start: int = 0) -> None:
+        """Forget the tokens of `blocks` from `start` up to `num_tokens`: they may not be finite."""
+        self._attention.scrub(blocks, num_tokens, start)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[Sample]:
-        """Put `batch` through the model; a sample for each row that reaches its end, in the batch's order.
+    def copy_prefixes(self, copies: Iterable[BlockCopy]) -> None:
+        """Make blocks begin with what others begin with, one after the other."""
+        for copy in copies:
+            self._attention.copy(*copy)
 
-        The sequences must hold their blocks and slots. The cache then holds the batch's tokens; nothing
-        else is changed, and a run that raised may be run again.
+    def run(self, batch: Batch) -> "Outcome":
+        """Put `batch` through the model and wait for what comes of it; see `launch`."""
+        return self.collect(self.launch(batch))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, last: "Launched | None" = None) -> "Launched":
+        """Have `batch` put through the model, without waiting for the device.
+
+        The sequences must hold their blocks and slots; the newest token of one that is `pending` is among
+        those of `last`, the step before. The cache then holds the batch's tokens; nothing else is changed,
+        and a batch whose launch raised may be launched again.
         """
         started = time.perf_counter()
-        # Prefill before decode is what attention wants; within each, rows of one slot side by side
-        # make few runs for LoRA.
-        rows = sorted(batch.rows, key=lambda row: (row.num_tokens == 1, _slot(row), row.sequence.blocks[0]))
-        plan = self._attention_plan(rows)
-        lora = _lora_plan(rows)
-        ends = [end for row, end in zip(rows, _ends(rows), strict=True) if row.samples]
-        tokens = [token for row in rows for token in _tokens(row)]
-        positions = [position for row in rows for position in _positions(row)]
-        prepared = time.perf_counter()
-        with self._step(plan, lora):
-            logits = self._forward(tokens, positions, ends)
-        forwarded = time.perf_counter()
+        places = {} if last is None else last.places
+        packed = [_packed(row, places) for row in batch.rows]
+        order = self._executor.order(packed)
+        rows = [batch.rows[number] for number in order]
         sampling = [row.sequence for row in rows if row.samples]
-        samples = dict(zip(map(id, sampling), sample(logits, sampling) if sampling else (), strict=True))
+        pending = [int(sequence.pending) for sequence in sampling]
+        plan = prepare(
+            sampling,
+            self.num_logits,
+            self._base.device,
+            eos_token_ids=self._base.eos_token_ids,
+            pending=pending,
+        )
+        tokens = None if last is None or last.sampled is None else last.sampled.tokens
+        prepared = time.perf_counter()
+        logits = self._executor.run([packed[number] for number in order], tokens)
+        forwarded = time.perf_counter()
+        scores, logits = self._score(rows, logits)
+        sampled = fetched = None
+        if sampling:
+            latest = None
+            if any(pending):
+                assert tokens is not None
+                sources = [places.get(id(sequence), 0) for sequence in sampling]
+                latest = tokens.index_select(0, torch.tensor(sources).to(tokens.device, non_blocking=True))
+            sampled = choose(logits, plan, latest)
+            fetched = fetch(sampled)
         done = time.perf_counter()
         self.timings = Timings(prepared - started, forwarded - prepared, done - forwarded)
-        return [samples[id(row.sequence)] for row in batch.rows if row.samples]
+        new_places = {id(sequence): place for place, sequence in enumerate(sampling)}
+        return Launched(batch, new_places, sampled, fetched, scores)
 
-    @contextmanager
-    def _step(self, plan: AttentionPlan, lora: LoRAPlan | None) -> Iterator[None]:
-        """Give attention and LoRA their plans, and take them back whatever happens."""
-        self._attention.plan, self._lora.plan = plan, lora
-        try:
-            yield
-        finally:
-            self._attention.plan = self._lora.plan = None
-
-    def _forward(self, tokens: list[int], positions: list[int], ends: list[int]) -> torch.Tensor:
-        device = self._base.device
-        output = self._model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+    def collect(self, launched: "Launched") -> "Outcome":
+        """Wait for a launched step."""
+        started = time.perf_counter()
+        samples = [] if launched.fetched is None else collect(launched.fetched)
+        scores = {row: scored.tolist() for row, scored in launched.scores.items()}
+        self.timings = self.timings._replace(
+            sample_seconds=self.timings.sample_seconds + time.perf_counter() - started
         )
-        logits: torch.Tensor = output.logits[0]
-        return logits
-
-    def _attention_plan(self, rows: list[ScheduledRow]) -> AttentionPlan:
-        return AttentionPlan(
-            [(row.sequence.blocks, row.sequence.computed, row.num_tokens) for row in rows],
-            block_size=self.cache_shape.block_size,
-            device=self._base.device,
+        sampling = [row for row in launched.batch.rows if row.samples]
+        return Outcome(
+            [samples[launched.places[id(row.sequence)]] for row in sampling],
+            [scores.get(id(row.sequence), []) for row in launched.batch.rows],
         )
 
-    def _discover(self, probe: "_Probe") -> None:
+    def _score(
+        self, rows: list[ScheduledRow], logits: torch.Tensor
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """Log-probabilities of the prompt tokens of rows that want them, and the logits to sample from."""
+        if not any(row.scored for row in rows):
+            return {}, logits
+        scores = {}
+        ends = []
+        start = 0
+        for row in rows:
+            if row.scored:
+                targets = row.sequence.tokens[row.scored.start + 1 : row.scored.stop + 1]
+                own = logits[start : start + len(row.scored)]
+                scores[id(row.sequence)] = prompt_log_probs(own, torch.tensor(targets, device=logits.device))
+            start += row.keep
+            if row.samples:
+                ends.append(start - 1)
+        return scores, logits.index_select(0, torch.tensor(ends, dtype=torch.long, device=logits.device))
+
+    def _discover(self, probe: "_Probe") -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
-        seen: dict[str, int] = {}
-
-        def note(name: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-                if args and isinstance(args[0], torch.Tensor) and args[0].ndim > 1:
-                    seen[name] = args[0].shape[:-1].numel()
-
-            return hook
-
-        handles = [module.register_forward_hook(note(name)) for name, module in self._model.named_modules()]
-        plan = self._uncached_plan(probe)
-        try:
-            with self._step(plan, None):
-                self._forward(*probe.packed())
-        finally:
-            for handle in handles:
-                handle.remove()
+        executor = HostExecutor(
+            self._model, self._attention, [], LoRALayers({}), self._base.device, block_size=1
+        )
+        found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
         layers = self._base.model.config.get_text_config().num_hidden_layers
         if sorted(self._attention.shapes) != list(range(layers)):
             raise ModelError(
@@ -171,11 +235,40 @@ class ModelRunner:
                 "attend through transformers' attention interface"
             )
         self._check_windows()
-        self.targets = find_targets(self._model, seen, plan.num_tokens)
+        return found
 
-    def _uncached_plan(self, probe: "_Probe") -> AttentionPlan:
-        rows = [([row], 0, probe.length) for row in range(len(probe.prompts))]
-        return AttentionPlan(rows, block_size=probe.length, device=self._base.device, cached=False)
+    def _project(self, found: Discovery) -> dict[tuple[str, ...], Projection]:
+        """Take over the model's linear modules; the head as well, though no adapter may use it."""
+        modules, keep = dict(self._model.named_modules()), tied_weights(self._model)
+        projections = {}
+        for names in found.groups:
+            projections[names] = Projection([modules[name] for name in names], keep)
+        if found.head is not None:
+            Projection([modules[found.head]], keep)  # the module holds it
+        return projections
+
+    def _make_executor(self, projections: dict[tuple[str, ...], Projection], costs: Costs | None) -> Executor:
+        parts = self._model, self._attention, list(projections.values())
+        blocks, size = self.cache_shape
+        device = self._base.device
+        if not self._kernels:
+            lora = LoRALayers(projections, costs or Costs(), device)
+            return HostExecutor(*parts, lora, device, block_size=size)
+        # Not before they are wanted: a machine without a GPU need not have Triton.
+        from worker.engine.graphs import CudaCapture  # noqa: PLC0415
+        from worker.engine.kernel_executor import KernelExecutor  # noqa: PLC0415
+        from worker.engine.lora_kernels import KernelLoRALayers  # noqa: PLC0415
+
+        return KernelExecutor(
+            *parts,
+            KernelLoRALayers(projections, device, self._limits),
+            device,
+            num_blocks=blocks,
+            block_size=size,
+            max_blocks=-(-self._base.max_model_len // size),
+            max_num_seqs=self._limits.max_num_seqs,
+            capture=CudaCapture(device) if device.type == "cuda" else None,
+        )
 
     def _check_windows(self) -> None:
         """Refuse a model whose windows it keeps to itself: a short example cannot show them."""
@@ -193,14 +286,12 @@ class ModelRunner:
             if (kind == "sliding_attention") and self._attention.shapes[layer].window is None:
                 raise ModelError(f"layer {layer} has sliding attention, and does not tell its window")
 
-    def _choose_cache_shape(self, max_num_seqs: int) -> CacheShape:
+    def _choose_cache_shape(self, max_num_seqs: int, memory_share: float | None) -> CacheShape:
         """One block a sequence where all of them fit at full length, else small blocks in what there is."""
         length, device = self._base.max_model_len, self._base.device
-        if device.type == "cuda":
-            budget = torch.cuda.mem_get_info(device)[0] * _CUDA_MEMORY_SHARE
-        else:
-            budget = psutil.virtual_memory().available * _CPU_MEMORY_SHARE
-        tokens = int(budget / self._attention.bytes_per_token)
+        share = _MEMORY_SHARE[device.type] if memory_share is None else memory_share
+        budget = int(free_memory(device) * share)
+        tokens = budget // self._attention.bytes_per_token
         if tokens >= max_num_seqs * length and device.type == "cpu":
             return CacheShape(max_num_seqs, length)
         for_one = -(-length // _PAGED_BLOCK_SIZE)
@@ -208,8 +299,9 @@ class ModelRunner:
         if blocks < for_one:
             needed = length * self._attention.bytes_per_token
             raise ModelError(
-                f"one sequence of max_model_len {length} needs {needed >> 20} MiB of cache, "
-                f"{int(budget) >> 20} MiB are left on {device}: lower max_model_len"
+                f"one sequence of max_model_len {length} needs {needed >> 20} MiB of cache, and memory_share "
+                f"{share:g} of what is free on {device} is {budget >> 20} MiB: lower max_model_len or raise "
+                "memory_share"
             )
         return CacheShape(blocks, _PAGED_BLOCK_SIZE)
 
@@ -221,10 +313,7 @@ class ModelRunner:
         for row, own in enumerate(expected):
             got = []
             for offset, tokens in probe.steps(row):
-                held = [(blocks, offset, len(tokens))]
-                with self._step(AttentionPlan(held, block_size=size, device=self._base.device), None):
-                    positions = list(range(offset, offset + len(tokens)))
-                    got.append(self._forward(tokens, positions, list(range(len(tokens)))))
+                got.append(self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))]))
             worst = max(worst, float((torch.cat(got).float() - own).norm() / own.norm()))
             self._attention.scrub(blocks, probe.length)
         limit = _TOLERANCE[self._base.dtype]
@@ -250,10 +339,6 @@ class _Probe:
         ).logits
         return logits.float()
 
-    def packed(self) -> tuple[list[int], list[int], list[int]]:
-        tokens = [token for row in self.prompts for token in row]
-        return tokens, [*range(self.length)] * len(self.prompts), [0]
-
     def steps(self, row: int) -> Iterator[tuple[int, list[int]]]:
         """Offset and tokens of each pass: a prefill, a chunk, then one by one."""
         first, second = self.length // 3, 2 * self.length // 3
@@ -261,35 +346,11 @@ class _Probe:
             yield start, self.prompts[row][start:stop]
 
 
-def _slot(row: ScheduledRow) -> int:
-    return -1 if row.sequence.slot is None else row.sequence.slot
-
-
-def _tokens(row: ScheduledRow) -> list[int]:
-    return row.sequence.tokens[row.sequence.computed : row.sequence.computed + row.num_tokens]
-
-
-def _positions(row: ScheduledRow) -> range:
-    return range(row.sequence.computed, row.sequence.computed + row.num_tokens)
-
-
-def _ends(rows: list[ScheduledRow]) -> Iterator[int]:
-    """Index of each row's last token in the packed batch."""
-    end = -1
-    for row in rows:
-        end += row.num_tokens
-        yield end
-
-
-def _lora_plan(rows: list[ScheduledRow]) -> LoRAPlan | None:
-    runs: list[Run] = []
-    start = 0
-    for row in rows:
-        slot, stop = row.sequence.slot, start + row.num_tokens
-        if slot is not None:
-            if runs and runs[-1][0] == slot and runs[-1][2] == start:
-                runs[-1] = (slot, runs[-1][1], stop)
-            else:
-                runs.append((slot, start, stop))
-        start = stop
-    return LoRAPlan(runs, start) if runs else None
+def _packed(row: ScheduledRow, places: dict[int, int]) -> PackedRow:
+    sequence = row.sequence
+    tokens = sequence.tokens[row.start : row.start + row.num_tokens]
+    source = None
+    if len(tokens) < row.num_tokens:  # the newest is not known here yet
+        assert row.num_tokens == 1
+        tokens, source = [0], places[id(sequence)]
+    return PackedRow(sequence.blocks, row.start, tokens, row.keep, sequence.slot, source)

@@ -1,84 +1,185 @@
-"""Logits -> tokens, for all rows of a step at once.
+"""Logits -> tokens, for all rows of a step at once, in three parts that need not wait for each other.
 
-A row's choice depends on its own logits, parameters, seed and step alone, never on its neighbours.
+`prepare` says on the host what is to be done, before the logits are there; `choose` does it on the device
+and never waits for it; `collect` waits and brings the tokens to the host. In between, the next step may
+begin: its `prepare` is told which rows have a token that the host does not know yet, its `choose` gets those
+tokens as a tensor. A row's choice depends on its own logits, parameters, seed and step alone, never on its
+neighbours.
+
+What happens to a row: `logit_changes` for all rows, then the likeliest token, or with `do_sample` `draws`.
+Log-probabilities are the model's own, before all that: `log_probs`.
 """
 
-import hashlib
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from worker.engine.draws import Draws, draw, likeliest, plan_draws
+from worker.engine.log_probs import likely_tokens, prompt_log_probs
+from worker.engine.logit_changes import (
+    Allowed,
+    Changes,
+    change,
+    changes_logits,
+    ending_tokens,
+    plan_allowed,
+    plan_changes,
+    restrict,
+)
+from worker.engine.samples import Sample, Sampled, Told, collect, fetch
 from worker.engine.sequence import Sequence
-from worker.jobs import SamplingParams
+from worker.errors import InvalidParameters
+from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
+
+__all__ = [
+    "Sample",
+    "Sampled",
+    "SamplingPlan",
+    "check",
+    "choose",
+    "collect",
+    "fetch",
+    "prepare",
+    "prompt_log_probs",
+    "sample",
+]
 
 
-class Sample(NamedTuple):
-    token: int
-    log_prob: float | None
-    """Natural logarithm under the model's own distribution, before temperature and cuts."""
-    finite: bool
-    """False when the row's logits hold NaN or infinities: then `token` means nothing."""
+class SamplingPlan(NamedTuple):
+    """What to do with the logits of a step. Made by `prepare`, for one `choose`."""
+
+    changes: Changes | None = None
+    allowed: Allowed | None = None
+    draws: tuple[Draws, ...] = ()
+    told: Told | None = None
+
+
+_GREEDY = SamplingPlan()
+
+
+def check(params: SamplingParams, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+    """Raise InvalidParameters for tokens that a model of `vocab_size` tokens cannot write."""
+    named = {
+        "logit_bias": [token for token, _ in params.logit_bias],
+        "allowed_token_ids": params.allowed_token_ids,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, tokens in named.items():
+        if tokens and max(tokens) >= vocab_size:
+            raise InvalidParameters(
+                f"parameter {name} has token {max(tokens)}; the base model has {vocab_size} tokens"
+            )
+    endings = ending_tokens(params, eos_token_ids)
+    if params.min_new_tokens and params.allowed_token_ids and endings.issuperset(params.allowed_token_ids):
+        raise InvalidParameters(
+            f"parameter min_new_tokens is {params.min_new_tokens}, and every one of allowed_token_ids would "
+            "end the row before"
+        )
+
+
+def prepare(
+    sequences: SequenceOf[Sequence],
+    vocab_size: int,
+    device: torch.device,
+    *,
+    eos_token_ids: Collection[int] = (),
+    pending: SequenceOf[int] | None = None,
+) -> SamplingPlan:
+    """Plan the next token of each of `sequences`, whose logits will have `vocab_size` columns.
+
+    `pending` has 1 for a row whose last token was chosen on the device and is not among the sequence's tokens
+    yet, else 0; None is 0 for all. The sequences' parameters must have passed `check`. Changes nothing. On
+    CUDA the plan is on its way when this returns: use it on the stream that is current now.
+    """
+    if all(_is_plain(sequence.request.params) for sequence in sequences):
+        return _GREEDY
+    pending = [0] * len(sequences) if pending is None else pending
+    plan = SamplingPlan(
+        changes=plan_changes(sequences, pending, vocab_size, eos_token_ids),
+        allowed=plan_allowed(sequences),
+        draws=plan_draws(sequences, pending, vocab_size, device),
+        told=_plan_told(sequences),
+    )
+    return plan if device.type == "cpu" else _send(plan, device)
+
+
+def choose(logits: torch.Tensor, plan: SamplingPlan, latest: torch.Tensor | None = None) -> Sampled:
+    """Choose a token for each row of `logits` [rows, vocabulary], of any floating type; they are not changed.
+
+    `latest` int64 [rows], on the same device, has the tokens that were pending when the plan was made, and
+    any token or -1 for other rows; it is needed where a pending row has a penalty. Nothing here waits for the
+    device, and all shapes follow from the plan. Where a row changes its logits, all are copied in float32.
+    """
+    # One pass, where isfinite().all() takes several. A sum beyond float32's range is no sound row either.
+    finite = logits.sum(-1, dtype=torch.float32).isfinite()
+    scores = logits
+    if plan.changes is not None or plan.allowed is not None:
+        scores = logits.to(torch.float32, copy=True)
+        if plan.allowed is not None:
+            restrict(scores, plan.allowed)
+        if plan.changes is not None:
+            change(scores, plan.changes, latest)
+    if sum(len(draws.rows) for draws in plan.draws) < len(logits):
+        tokens = likeliest(scores)
+    else:
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for draws in plan.draws:
+        tokens.index_copy_(0, draws.rows, draw(scores, draws))
+    if plan.told is None:
+        return Sampled(tokens, finite, None, None, None, None)
+    own, chosen = logits, tokens
+    if len(plan.told.numbers) < len(logits):
+        own, chosen = own.index_select(0, plan.told.rows), chosen.index_select(0, plan.told.rows)
+    top_tokens, top_log_probs = None, None
+    if any(plan.told.top_n):
+        # Always as many, so that a row's neighbours cannot change which of equals it gets.
+        top_tokens, top_log_probs = likely_tokens(own, min(MAX_TOP_N_TOKENS, own.shape[1]))
+    return Sampled(tokens, finite, prompt_log_probs(own, chosen), top_tokens, top_log_probs, plan.told)
 
 
 def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
-    """Choose a token for each row of `logits` [rows, vocabulary]; any floating type."""
-    logits = logits.float()
+    """Choose a token for each row of `logits` [rows, vocabulary], and wait for it."""
+    return collect(choose(logits, prepare(sequences, logits.shape[1], logits.device)))
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """Whether a row takes the likeliest token, and nobody asks how likely it was."""
+    return not (params.do_sample or params.details or params.top_n_tokens or changes_logits(params))
+
+
+def _plan_told(sequences: SequenceOf[Sequence]) -> Told | None:
     params = [sequence.request.params for sequence in sequences]
-    finite = torch.isfinite(logits).all(dim=-1)
-    scores = _penalize(logits, sequences)
-    tokens = scores.argmax(dim=-1)
-    drawing = [row for row, own in enumerate(params) if own.do_sample]
-    if drawing:
-        uniform = torch.tensor([_uniform(sequences[row]) for row in drawing], device=logits.device)
-        drawn = _draw(scores[drawing], [params[row] for row in drawing], uniform)
-        tokens[drawing] = drawn
-    log_probs: list[float | None] = [None] * len(sequences)
-    wanted = [row for row, own in enumerate(params) if own.details]
-    if wanted:
-        chosen = logits[wanted].log_softmax(dim=-1).gather(1, tokens[wanted].unsqueeze(1))
-        for row, log_prob in zip(wanted, chosen.squeeze(1).tolist(), strict=True):
-            log_probs[row] = log_prob
-    return [Sample(*each) for each in zip(tokens.tolist(), log_probs, finite.tolist(), strict=True)]
-
-
-def _penalize(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-    """Repetition penalty as in CTRL (arXiv:1909.05858) and transformers: over prompt and generated tokens."""
-    rows = [row for row, seq in enumerate(sequences) if seq.request.params.repetition_penalty != 1.0]
+    rows = tuple(row for row, own in enumerate(params) if own.details or own.top_n_tokens)
     if not rows:
-        return logits
-    scores = logits.clone()
-    for row in rows:
-        seen = torch.tensor(sorted(set(sequences[row].tokens)), device=logits.device)
-        penalty = sequences[row].request.params.repetition_penalty
-        own = scores[row, seen]
-        scores[row, seen] = torch.where(own < 0, own * penalty, own / penalty)
-    return scores
+        return None
+    return Told(torch.tensor(rows), rows, tuple(params[row].top_n_tokens for row in rows))
 
 
-def _draw(scores: torch.Tensor, params: list[SamplingParams], uniform: torch.Tensor) -> torch.Tensor:
-    """Temperature, top-k, top-p, in that order, then the token at `uniform` of the distribution left.
-
-    scores [rows, vocabulary] float32, uniform [rows] in [0, 1). Returns [rows] token ids.
-    """
-    device = scores.device
-    temperature = torch.tensor([own.temperature for own in params], device=device).unsqueeze(1)
-    top_k = torch.tensor([own.top_k or scores.shape[1] for own in params], device=device).unsqueeze(1)
-    top_p = torch.tensor([own.top_p for own in params], device=device).unsqueeze(1)
-    ordered, ids = (scores / temperature).sort(dim=-1, descending=True, stable=True)
-    ordered = ordered.masked_fill(torch.arange(scores.shape[1], device=device) >= top_k, -torch.inf)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    # A token stays while those before it do not reach top_p: the likeliest always stays.
-    kept = probs.masked_fill((before >= top_p) & (before > 0), 0.0).double().cumsum(dim=-1)
-    target = uniform.double().unsqueeze(1) * kept[:, -1:]
-    index = torch.searchsorted(kept, target, right=True).clamp_(max=scores.shape[1] - 1)
-    return ids.gather(1, index).squeeze(1)
+_Part = TypeVar("_Part", Changes, Allowed, Draws, Told)
 
 
-def _uniform(sequence: Sequence) -> float:
-    """A number in [0, 1) that only the row's seed and the count of its generated tokens decide."""
-    seed = sequence.request.params.seed
-    source = f"id:{sequence.request.id}" if seed is None else f"seed:{seed}"
-    digest = hashlib.blake2b(f"{source}:{sequence.num_generated}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+def _send(plan: SamplingPlan, device: torch.device) -> SamplingPlan:
+    """The plan with its tensors on `device`, by one copy for each of their types."""
+    parts = (plan.changes, plan.allowed, *plan.draws, plan.told)
+    found = [one for part in parts if part is not None for one in part if isinstance(one, torch.Tensor)]
+    arrived = {}
+    for dtype in {one.dtype for one in found}:
+        alike = [one for one in found if one.dtype == dtype]
+        packed = torch.cat(alike)
+        if device.type == "cuda":  # only then can the copy go on by itself
+            packed = packed.pin_memory()
+        arrived[dtype] = iter(torch.split(packed.to(device, non_blocking=True), [len(one) for one in alike]))
+
+    def sent(part: _Part) -> _Part:
+        own = {name: one for name, one in part._asdict().items() if isinstance(one, torch.Tensor)}
+        fields: dict[str, Any] = {name: next(arrived[one.dtype]) for name, one in own.items()}
+        return part._replace(**fields)
+
+    return SamplingPlan(
+        changes=None if plan.changes is None else sent(plan.changes),
+        allowed=None if plan.allowed is None else sent(plan.allowed),
+        draws=tuple(sent(draws) for draws in plan.draws),
+        told=None if plan.told is None else sent(plan.told),
+    )

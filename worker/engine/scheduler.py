@@ -1,36 +1,78 @@
 """Decides, step by step, which tokens of which sequences go through the model. No torch here."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from worker.engine.kv_cache import KVCache
+from worker.engine.kv_cache import BlockCopy, Growth, KVCache
+from worker.engine.lengths import Lengths, work
 from worker.engine.lora_slots import LoRASlots
+from worker.engine.prefixes import Node
+from worker.engine.promises import Promises
 from worker.engine.sequence import Sequence, Status
+from worker.engine.waiting import Waiting
 from worker.jobs import AdapterKey, FinishReason
+
+_EARLY = 0.8
+"""A long row starts this much before it has to: places in the batch become free only now and then."""
+
+
+Sampled = tuple[int, float | None, tuple[tuple[int, float], ...] | None]
+"""A token, its log-probability and the likeliest tokens with theirs, where they were asked for."""
 
 
 class ScheduledRow(NamedTuple):
     sequence: Sequence
+    start: int
+    """How many of the sequence's tokens went through the model in earlier steps."""
     num_tokens: int
-    """How many of the sequence's tokens, from `computed` on, go through the model in this step."""
+    """How many go through it in this one."""
+    samples: bool
+    """Whether those reach the sequence's end, so that its next token can be sampled."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How many of those are of the prompt."""
-        left = len(self.sequence.request.prompt) - self.sequence.computed
-        return max(0, min(left, self.num_tokens))
+        """How many of its tokens are of the prompt."""
+        return max(0, min(len(self.sequence.request.prompt) - self.start, self.num_tokens))
 
     @property
-    def samples(self) -> bool:
-        """Whether this step reaches the sequence's end, so that its next token can be sampled."""
-        return self.num_tokens == self.sequence.remaining
+    def scored(self) -> range:
+        """Positions in this step whose logits say how likely the prompt's next token was, as was asked."""
+        sequence = self.sequence
+        if not sequence.request.params.prompt_log_probs:
+            return range(0)
+        start = max(self.start, len(sequence.prompt_log_probs) - 1)
+        stop = min(self.stop, len(sequence.request.prompt) - 1)
+        return range(start, max(start, stop))
+
+    @property
+    def keep(self) -> int:
+        """How many of its tokens, from the last backwards, must give logits."""
+        scored = self.scored
+        return self.stop - scored.start if scored else int(self.samples)
+
+
+class Unproven(NamedTuple):
+    """Places in blocks that a sequence gave back, whose keys and values may not be finite."""
+
+    blocks: list[int]
+    start: int
+    stop: int
+    """`start <= place < stop`, counted through `blocks`."""
 
 
 class Batch(NamedTuple):
     rows: tuple[ScheduledRow, ...]
     loads: tuple[tuple[int, AdapterKey], ...] = ()
     """Adapters to put into their slots before the forward pass."""
+    copies: tuple[BlockCopy, ...] = ()
+    """Keys and values to copy before the forward pass, in this order."""
+    reused_tokens: int = 0
+    """Prompt tokens that the rows which start here need not compute."""
 
     @property
     def num_tokens(self) -> int:
@@ -38,15 +80,18 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, within four limits.
+    """Which rows run, within four limits, and in which order they start.
 
     A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens, the adapters that
     fit `slots`, and the keys and values that fit `kv_cache`. Prompts longer than what is left of the
     token budget are put through in chunks, in the same steps in which other rows decode.
 
-    A row whose adapter has no slot yet is passed over, so that the batch stays full, but by at most
-    `max_passed_over` rows: then nothing behind it starts until it has. When blocks run out, the
-    sequence that started last gives its own back and starts over later (its text is kept).
+    At most `max_passed_over` rows that came later start before one that came earlier does. Within that,
+    preempted rows go first, and the others so that the batch stays full to the end, with few adapters in
+    it: see `_choose`. A row whose adapter can get no slot lets others pass; one that finds no blocks does
+    not. A row that begins with a text which a running row is computing is held back until it can reuse
+    it. When blocks run out, the sequence that loses least by it gives its own back and starts over later
+    (its text is kept).
     """
 
     def __init__(
@@ -63,43 +108,88 @@ class Scheduler:
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_passed_over = max_passed_over
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting(max_passed_over)
         self.running: list[Sequence] = []
+        self.lengths = Lengths()
         self.num_preempted = 0
-        self._given_back: list[tuple[list[int], int]] = []
+        self._promises = Promises(kv_cache.granule)
+        self._given_back: list[Unproven] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.running) or len(self.waiting) > 0
 
     def add(self, sequence: Sequence) -> None:
         assert self.kv_cache.missing([], len(sequence.tokens) + 1) <= self.kv_cache.num_blocks
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> Batch:
         """The next step: running rows first, then as many waiting ones as fit. May be empty."""
         rows = self._continue_running()
-        loads = self._admit(rows)
-        return Batch(tuple(rows), tuple(loads))
+        budget = self.max_num_batched_tokens - sum(row.num_tokens for row in rows)
+        loads: list[tuple[int, AdapterKey]] = []
+        copies: list[BlockCopy] = []
+        reused = 0
+        horizon = self._horizon()
+        while budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self._next(horizon)
+            if sequence is None:
+                break
+            node = self._known(sequence)
+            if self._hold_back(sequence, node):
+                continue
+            copied = self._begin(sequence, node, budget)
+            if copied is None:
+                break
+            copies += copied
+            loads += self._take_slot(sequence)
+            reused += min(sequence.computed, len(sequence.request.prompt))
+            rows.append(self._row(sequence, budget))
+            budget -= rows[-1].num_tokens
+        return Batch(tuple(rows), tuple(loads), tuple(copies), reused)
 
     def update(
         self,
         batch: Batch,
-        sampled: Iterable[tuple[int, float | None]],
+        sampled: Iterable[Sampled],
         finish: Callable[[Sequence], FinishReason | None],
     ) -> list[Sequence]:
         """Record that `batch` was computed; `sampled` has a token for each row that samples, in order.
 
-        `finish` tells whether, and why, a sequence ends with the token just appended.
+        The logits of those tokens were finite: what they depend on may be reused from now on. `finish`
+        tells whether, and why, a sequence ends with the token just appended.
         Returns the sequences that ended, their blocks and slots given back.
+        """
+        self.advance(batch)
+        return self.settle(batch, sampled, finish)
+
+    def advance(self, batch: Batch) -> None:
+        """`batch` is being computed: what its rows sample is pending until it is settled.
+
+        Until then the next batch may be scheduled, if `can_look_ahead`.
+        """
+        for row in batch.rows:
+            row.sequence.computed = row.stop
+            row.sequence.pending = row.samples
+
+    def settle(
+        self,
+        batch: Batch,
+        sampled: Iterable[Sampled],
+        finish: Callable[[Sequence], FinishReason | None],
+    ) -> list[Sequence]:
+        """Record what the rows of a batch that was advanced have sampled; see `update`.
+
+        Rows that have ended since are passed by, and what they sampled is not among `sampled`.
         """
         tokens = iter(sampled)
         ended = []
         for row in batch.rows:
-            sequence, samples = row.sequence, row.samples
-            sequence.computed += row.num_tokens
-            if samples:
+            sequence = row.sequence
+            if row.samples and sequence.status is Status.RUNNING:
+                # If it is in a later batch already, it will have one more by then.
+                sequence.pending = sequence.computed > row.stop
+                self._prove(sequence, row.stop)
                 sequence.append(*next(tokens))
                 reason = finish(sequence)
                 if reason is not None:
@@ -110,103 +200,220 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it stands, and take back what it holds."""
         if sequence.status is Status.RUNNING:
-            self._take_back(sequence)
-            self.running.remove(sequence)
+            self._leave(sequence)
+            if reason is not FinishReason.ERROR:
+                self.lengths.learn(sequence)
         elif sequence.status is Status.WAITING:
+            self._promises.leave(sequence)
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
 
     def preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the head of the queue; it will be computed anew."""
-        self._take_back(sequence)
-        self.running.remove(sequence)
-        sequence.computed = 0
+        """Send a running sequence back to those that wait; what nobody overwrites is found again."""
+        self._leave(sequence)
+        sequence.computed = sequence.proven = sequence.written = 0
         sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.preempt(sequence)
         self.num_preempted += 1
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether the next batch can be scheduled while tokens are pending: nobody has to be preempted."""
+        cache = self.kv_cache
+        needed = sum(cache.missing(row.blocks, row.computed + row.remaining) for row in self.running)
+        return needed <= cache.num_free
+
+    def take_given_back(self) -> list[Unproven]:
+        """Where the blocks given back since the last call may hold what is not finite."""
+        given_back, self._given_back = self._given_back, []
+        return given_back
+
+    # Rows that run.
 
     def _continue_running(self) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
         budget = self.max_num_batched_tokens
-        # A chunk never eats the one token that each row behind it needs.
-        behind = len(self.running)
-        for sequence in list(self.running):
+        # The pending token of the others is their last: they only wait to be settled.
+        going_on = [sequence for sequence in self.running if not sequence.ends_with_pending]
+        for number, sequence in enumerate(going_on):
             if sequence.status is not Status.RUNNING:  # preempted by a row before it
                 continue
-            behind -= 1
+            # A chunk never eats the one token that each row behind it needs.
+            behind = len(going_on) - number - 1
             num_tokens = min(sequence.remaining, budget - behind)
-            if self._make_room(sequence, sequence.computed + num_tokens):
-                rows.append(ScheduledRow(sequence, num_tokens))
+            gone = self._make_room(sequence, sequence.computed + num_tokens)
+            if gone:
+                rows = [row for row in rows if row.sequence not in gone]
+                budget = self.max_num_batched_tokens - sum(row.num_tokens for row in rows)
+            if sequence not in gone:
+                rows.append(self._row(sequence, num_tokens))
                 budget -= num_tokens
         return rows
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        while not self.kv_cache.grow(sequence.blocks, num_tokens):
-            last = self.running[-1]
-            self.preempt(last)
-            if last is sequence:
-                return False
-        return True
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
+        """Let `sequence` hold `num_tokens` tokens; returns who was preempted for it, perhaps itself.
 
-    def _admit(self, rows: list[ScheduledRow]) -> list[tuple[int, AdapterKey]]:
-        """Move waiting sequences to `running` and append them to `rows`; returns the adapters to load."""
-        budget = self.max_num_batched_tokens - sum(row.num_tokens for row in rows)
-        loads: list[tuple[int, AdapterKey]] = []
-        passed: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            if passed and passed[0].passed_over >= self.max_passed_over:
-                break
-            sequence = self.waiting.popleft()
-            key = sequence.request.adapter
-            if key is not None and not self.slots.can_acquire(key):
-                passed.append(sequence)
-                continue
-            num_tokens = min(sequence.remaining, budget)
-            if not self._fits(sequence, rows) or not self.kv_cache.grow(sequence.blocks, num_tokens):
-                passed.append(sequence)
-                break
-            if key is not None:
-                sequence.slot, fresh = self.slots.acquire(key)
-                if fresh:
-                    loads.append((sequence.slot, key))
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
-            rows.append(ScheduledRow(sequence, num_tokens))
-            budget -= num_tokens
-            for other in passed:
-                other.passed_over += 1
-        self.waiting.extendleft(reversed(passed))
-        return loads
-
-    def _fits(self, sequence: Sequence, rows: list[ScheduledRow]) -> bool:
-        """Whether the whole of what `sequence` has now fits beside a next token for every other row.
-
-        Admitting less would only lead to preempting it again.
+        The row that has run longest never is: so there is always progress.
         """
-        own = self.kv_cache.missing(sequence.blocks, len(sequence.tokens) + 1)
-        others = sum(self.kv_cache.missing(row.sequence.blocks, len(row.sequence.tokens) + 1) for row in rows)
-        return own + others <= self.kv_cache.num_free or not rows
+        gone: list[Sequence] = []
+        while sequence not in gone and not self.kv_cache.grow(sequence.blocks, num_tokens):
+            assert len(self.running) > 1, "one row alone always fits"
+            # Of equal losses the latest.
+            victim = min(reversed(self.running[1:]), key=self._loss)
+            self.lengths.learn_shortage()
+            self.preempt(victim)
+            gone.append(victim)
+        return gone
 
-    def take_given_back(self) -> list[tuple[list[int], int]]:
-        """The blocks given back since the last call, with the number of tokens in each group of them."""
-        given_back, self._given_back = self._given_back, []
-        return given_back
+    def _loss(self, sequence: Sequence) -> tuple[bool, int]:
+        """Whether preempting `sequence` frees nothing, and the tokens that may have to be computed anew."""
+        num_shared = self.kv_cache.num_shared(sequence.blocks)
+        return num_shared == len(sequence.blocks), sequence.computed - num_shared * self.kv_cache.block_size
 
-    def _take_back(self, sequence: Sequence) -> None:
-        self._given_back.append((list(sequence.blocks), len(sequence.tokens)))
+    def _prove(self, sequence: Sequence, num_tokens: int) -> None:
+        """Logits that depend on `num_tokens` tokens were finite."""
+        before, sequence.proven = sequence.proven, num_tokens
+        if before // self.kv_cache.granule < sequence.proven // self.kv_cache.granule:
+            adapter = sequence.request.adapter
+            self.kv_cache.remember(adapter, sequence.tokens, sequence.blocks, sequence.proven)
+        self._end_promise(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence off those that run, and back what it holds."""
+        if sequence.written > sequence.proven:
+            first, start = divmod(sequence.proven, self.kv_cache.block_size)
+            stop = start + sequence.written - sequence.proven
+            self._given_back.append(Unproven(sequence.blocks[first:], start, stop))
         self.kv_cache.free(sequence.blocks)
         if sequence.slot is not None:
             assert sequence.request.adapter is not None
             self.slots.release(sequence.request.adapter)
             sequence.slot = None
+        self.running.remove(sequence)
+        self._end_promise(sequence)
+
+    def _end_promise(self, sequence: Sequence) -> None:
+        for follower in self._promises.end(sequence):
+            self.waiting.bring_back(follower)
+
+    # Rows that start.
+
+    def _next(self, horizon: float) -> Sequence | None:
+        """The row that should start now, if it can get a slot; None if no row should."""
+        due = self.waiting.due
+        if due is not None:
+            return due if self._has_slot(due) else None
+        for sequence in self.waiting.preempted:
+            if self._has_slot(sequence):
+                return sequence
+        # Followers keep their places: a place that stays empty for a step costs less than the adapter
+        # that would fill it.
+        if len(self.running) + self._promises.num_followers >= self.max_num_seqs:
+            return None
+        return self._choose(horizon)
+
+    def _choose(self, horizon: float) -> Sequence | None:
+        """Of the new rows, one whose late start would make the end late; else one of an active adapter.
+
+        All the work there is keeps a full batch busy for some time: a row that is about as long, `horizon`,
+        has to start now. While all are shorter, the adapters in the batch are kept few: their rows come
+        first, then those of an adapter that is in a slot, then the oldest row's. Rows of the base model
+        fit beside any adapters: they fill up what is left.
+        """
+        waiting, slots = self.waiting, self.slots
+        base = waiting.of(None).longest
+        active = [row for key in slots.active if (row := waiting.of(key).longest)]
+        adapted = [waiting.adapted.longest] if slots.has_room else active
+        longest = max(filter(None, [base, *adapted]), key=_length, default=None)
+        if longest is None or work(longest) >= horizon:
+            return longest
+        if active:
+            return max(active, key=_length)
+        if not slots.has_room:
+            return base
+        idle = [row for key in slots.idle if (row := waiting.of(key).oldest)]
+        return min(idle, key=lambda row: row.arrival, default=waiting.adapted.oldest or base)
+
+    def _hold_back(self, sequence: Sequence, node: Node[int] | None) -> bool:
+        """Set a new row aside if a running row will soon have much more of its text than `node`."""
+        if sequence.started or not sequence.may_reuse:
+            return False
+        leader = self._promises.leader(sequence, node.num_tokens if node else 0)
+        if leader is None:
+            return False
+        self.waiting.set_aside(sequence)
+        self._promises.follow(sequence, leader)
+        return True
+
+    def _begin(self, sequence: Sequence, node: Node[int] | None, budget: int) -> list[BlockCopy] | None:
+        """Move a row from `waiting` to `running`; returns what to copy. None, and no change, without room."""
+        known = node.num_tokens if node else 0
+        num_tokens = min(len(sequence.tokens), known + budget)
+        if self.running and not self.kv_cache.fits(
+            node, self._growth(sequence), (self._growth(row) for row in self.running)
+        ):
+            return None
+        copies = self.kv_cache.begin(sequence.blocks, node, num_tokens)
+        if copies is None:
+            return None
+        self._promises.leave(sequence)
+        self.waiting.start(sequence)
+        sequence.computed = sequence.proven = sequence.written = known
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        if self.kv_cache.reuse:
+            self._promises.make(sequence)
+        return copies
+
+    def _take_slot(self, sequence: Sequence) -> list[tuple[int, AdapterKey]]:
+        """Give a row its adapter's slot; returns what has to be loaded."""
+        key = sequence.request.adapter
+        if key is None:
+            return []
+        sequence.slot, fresh = self.slots.acquire(key)
+        return [(sequence.slot, key)] if fresh else []
+
+    def _row(self, sequence: Sequence, budget: int) -> ScheduledRow:
+        num_tokens = min(sequence.remaining, budget)
+        sequence.written = sequence.computed + num_tokens
+        return ScheduledRow(sequence, sequence.computed, num_tokens, num_tokens == sequence.remaining)
+
+    def _known(self, sequence: Sequence) -> Node[int] | None:
+        """What `sequence` can reuse: never its last token, whose logits are needed."""
+        if not sequence.may_reuse:
+            return None
+        return self.kv_cache.match(sequence.request.adapter, sequence.tokens, len(sequence.tokens) - 1)
+
+    def _has_slot(self, sequence: Sequence) -> bool:
+        key = sequence.request.adapter
+        return key is None or self.slots.can_acquire(key)
+
+    def _horizon(self) -> float:
+        """The length from which on a row has to start now: see `_choose`."""
+        return _EARLY * (self.waiting.work + sum(map(work, self.running))) / self.max_num_seqs
+
+    def _growth(self, sequence: Sequence) -> Growth:
+        num_blocks = len(sequence.blocks)
+        num_alone = num_blocks - self.kv_cache.num_shared(sequence.blocks)
+        return Growth(self.lengths.remaining(sequence), len(sequence.tokens), num_blocks, num_alone)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, slots and states agree."""
-        self.kv_cache.check_integrity(sequence.blocks for sequence in [*self.running, *self.waiting])
+        self.kv_cache.check_integrity(sequence.blocks for sequence in self.running)
+        for row in self.running:
+            self.kv_cache.check_known(row.request.adapter, row.tokens, row.blocks, row.proven)
+            assert row.proven <= row.computed <= row.written <= len(row.blocks) * self.kv_cache.block_size
         users = Counter(seq.request.adapter for seq in self.running if seq.request.adapter is not None)
         self.slots.check_integrity(users)
+        self.waiting.check_integrity()
+        self._promises.check_integrity(self.running, self.waiting.aside)
         assert len(self.running) <= self.max_num_seqs
         assert all(sequence.status is Status.RUNNING for sequence in self.running)
         assert all(sequence.status is Status.WAITING for sequence in self.waiting)
         assert not any(sequence.blocks or sequence.slot is not None for sequence in self.waiting)
+
+
+def _length(sequence: Sequence) -> tuple[float, int]:
+    """Its work; of equal ones the one that came first is the greater."""
+    return work(sequence), -sequence.arrival

@@ -1,16 +1,23 @@
-"""Generation parameters: a JSON object with the names of DJL, TGI and transformers -> SamplingParams."""
+"""Generation parameters: a JSON object with the names of DJL, TGI and transformers -> SamplingParams.
+
+What these lack has vLLM's or OpenAI's name. `worker.engine.logit_changes` and `worker.engine.draws` say what
+each does, and in which order.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from worker.errors import InvalidParameters
-from worker.jobs import SamplingParams
+from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 from worker.wire.checks import nearest, show
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
 MAX_NEW_TOKENS = 2**31 - 1
 MAX_SEED = 2**64 - 1
+MAX_TOKEN_IDS = 1024
+MAX_TOKEN_ID = 2**31 - 1
+MAX_OPENAI_PENALTY, MAX_LOGIT_BIAS = 2, 100
 
 # Outside these bounds a float32 logit overflows, and the NaN that follows would reach the sampler.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
@@ -20,8 +27,10 @@ MIN_PENALTY, MAX_PENALTY = 1e-3, 1e3
 def read_parameters(given: Mapping[str, object]) -> SamplingParams:
     """Check one row's parameters; null counts as absent. InvalidParameters names the first mistake.
 
-    Without `do_sample` a row is sampled exactly when it has a temperature above 0, a top_k or a top_p
-    (TGI's rule), and a temperature of 0 is greedy; with `"do_sample": true` a temperature of 0 is refused.
+    Without `do_sample` a row is sampled exactly when it has a temperature above 0, a top_k, a top_p, a
+    typical_p (TGI's rule) or a min_p, and a temperature of 0 is greedy; with `"do_sample": true` a
+    temperature of 0 is refused. `decoder_input_details` brings `details` with it whatever that says (TGI's
+    rule again), and so does `top_n_tokens`.
     """
     said = {name: value for name, value in given.items() if value is not None}
     for name in said:
@@ -29,17 +38,27 @@ def read_parameters(given: Mapping[str, object]) -> SamplingParams:
             known = nearest(name, _CHECKS)
             raise InvalidParameters(f"parameter {show(name)} is unknown; the nearest known one is {known}")
     values: dict[str, Any] = {name: _CHECKS[name](name, value) for name, value in said.items()}
-    values.pop("decoder_input_details", None)
+    values["prompt_log_probs"] = values.pop("decoder_input_details", False)
+    if values["prompt_log_probs"] or values.get("top_n_tokens"):
+        values["details"] = True
     values["do_sample"] = _do_sample(values)
     if values.get("temperature") == 0:
         del values["temperature"]
-    return SamplingParams(**values)
+    params = SamplingParams(**values)
+    if params.min_new_tokens > params.max_new_tokens:
+        raise _refuse(
+            "min_new_tokens", params.min_new_tokens, f"at most max_new_tokens, {params.max_new_tokens}"
+        )
+    return params
+
+
+_DRAWN_BY = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 
 
 def _do_sample(values: Mapping[str, object]) -> bool:
     temperature = values.get("temperature")
     if "do_sample" not in values:
-        return temperature != 0 and not values.keys().isdisjoint({"temperature", "top_k", "top_p"})
+        return temperature != 0 and not values.keys().isdisjoint(_DRAWN_BY)
     if values["do_sample"] and temperature == 0:
         raise InvalidParameters("parameter temperature is 0; with do_sample true it must be above 0")
     return bool(values["do_sample"])
@@ -83,33 +102,67 @@ def _stop_sequences(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _false(name: str, value: object) -> bool:
-    if value is not False:
-        raise _refuse(name, value, "false: this version does not return the details of the prompt")
-    return value
+def _token_ids(least: int) -> Callable[[str, object], tuple[int, ...]]:
+    def check(name: str, value: object) -> tuple[int, ...]:
+        if not isinstance(value, list) or not least <= len(value) <= MAX_TOKEN_IDS:
+            raise _refuse(name, value, f"a list of {least} to {MAX_TOKEN_IDS} token ids")
+        return tuple(dict.fromkeys(_token_id(f"{name}[{index}]", token) for index, token in enumerate(value)))
+
+    return check
+
+
+def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict) or len(value) > MAX_TOKEN_IDS:
+        raise _refuse(name, value, f"an object of at most {MAX_TOKEN_IDS} token ids and their biases")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        digits = key.isascii() and key.isdecimal() and len(key) <= len(str(MAX_TOKEN_ID))
+        token = _token_id(f"{name}'s key", int(key) if digits else key)
+        if token in biases:
+            raise _refuse(f"{name}'s key", key, "there once")
+        biases[token] = _bias(f"{name}[{key}]", bias)
+    return tuple(biases.items())
 
 
 def _is_temperature(value: float) -> bool:
     return value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE
 
 
+def _between(low: float, high: float) -> Callable[[str, object], float]:
+    return _number(lambda value: low <= value <= high, f"a number from {low} to {high}")
+
+
+_token_id = _whole(0, MAX_TOKEN_ID)
+_share = _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+_penalty = _between(-MAX_OPENAI_PENALTY, MAX_OPENAI_PENALTY)
+_bias = _between(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+
 _CHECKS: dict[str, Callable[[str, object], object]] = {
     "max_new_tokens": _whole(1, MAX_NEW_TOKENS),
+    "min_new_tokens": _whole(0, MAX_NEW_TOKENS),
     "do_sample": _boolean,
     "temperature": _number(
         _is_temperature, f"0, or a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:.0f}"
     ),
     "top_k": _whole(0, MAX_NEW_TOKENS),
-    "top_p": _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "top_p": _share,
+    "min_p": _between(0, 1),
+    "typical_p": _share,
     "repetition_penalty": _number(
         lambda value: MIN_PENALTY <= value <= MAX_PENALTY, f"a number from {MIN_PENALTY} to {MAX_PENALTY:.0f}"
     ),
+    "frequency_penalty": _penalty,
+    "presence_penalty": _penalty,
+    "logit_bias": _logit_bias,
+    "allowed_token_ids": _token_ids(1),
     "seed": _whole(0, MAX_SEED),
     "stop_sequences": _stop_sequences,
+    "stop_token_ids": _token_ids(0),
     "ignore_eos": _boolean,
     "details": _boolean,
+    "top_n_tokens": _whole(0, MAX_TOP_N_TOKENS),
+    "decoder_input_details": _boolean,
     "return_full_text": _boolean,
-    "decoder_input_details": _false,
 }
 NAMES = frozenset(_CHECKS)
 """Every parameter that a row may carry."""

@@ -17,13 +17,17 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
 
 
-class Details(msgspec.Struct, frozen=True):
+class Details(msgspec.Struct, frozen=True, kw_only=True):
     """What `"details": true` adds to a line, by DJL's names. `inputs` is null for a chat row."""
 
     finish_reason: str
     generated_tokens: int
     inputs: str | None
+    prefill: tuple[TokenDetail, ...] | msgspec.UnsetType = msgspec.UNSET
+    """With `decoder_input_details`: the prompt's tokens, of which the first has no log-probability."""
     tokens: tuple[TokenDetail, ...]
+    top_tokens: tuple[tuple[TokenDetail, ...], ...] | msgspec.UnsetType = msgspec.UNSET
+    """With `top_n_tokens`: the likeliest tokens in the place of each of `tokens`, best first."""
 
 
 class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,7 +140,14 @@ def _writable(value: object) -> object:
 def _details(result: RowResult) -> Details | msgspec.UnsetType:
     if not result.row.params.details or result.tokens is None:
         return msgspec.UNSET
-    return Details(result.finish_reason.value, result.completion_tokens, result.row.text, result.tokens)
+    return Details(
+        finish_reason=result.finish_reason.value,
+        generated_tokens=result.completion_tokens,
+        inputs=result.row.text,
+        prefill=msgspec.UNSET if result.prefill is None else result.prefill,
+        tokens=result.tokens,
+        top_tokens=msgspec.UNSET if result.top_tokens is None else result.top_tokens,
+    )
 
 
 def _sum(usages: Iterable[Usage]) -> Usage:

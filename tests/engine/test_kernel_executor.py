@@ -1,0 +1,89 @@
+"""The way of the GPU, its kernels run by Triton's interpreter: the same tokens as PEFT."""
+
+import os
+import random
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton's interpreter must be on from the start", allow_module_level=True)
+
+from tests import tiny
+from tests.engine.harness import Harness
+from worker.engine.graphs import DecodeGraphs
+from worker.engine.model_runner import CacheShape
+from worker.jobs import InferenceRequest, SamplingParams
+
+NEW = 4
+
+
+class Recorded:
+    """A capture that plays a forward pass again by running it: the addresses are what is tested."""
+
+    def __init__(self):
+        self.captured = 0
+
+    def __call__(self, forward):
+        self.captured += 1
+        logits = forward()
+
+        def replay():
+            logits.copy_(forward())
+
+        return replay, logits
+
+
+def prompts(count, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.choice([1, 2, 5, 11]))] for _ in range(count)]
+
+
+def requests(keys, rows):
+    made = [
+        InferenceRequest(
+            id=f"{index}/{row}",
+            prompt=tuple(prompt),
+            adapter=key,
+            params=SamplingParams(max_new_tokens=NEW, ignore_eos=True),
+        )
+        for index, key in enumerate(keys)
+        for row, prompt in enumerate(rows)
+    ]
+    random.Random(1).shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize(("architecture", "graphs"), [("llama", True), ("gemma2", False), ("gpt2", True)])
+def test_mixed_batch_equals_peft_token_for_token(architecture, graphs, tmp_path):
+    base = tiny.make_base(tmp_path / "base", architecture, num_hidden_layers=2)
+    every = tiny.ARCHITECTURES[architecture][2]
+    fan = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    folders = [
+        None,
+        tiny.make_adapter(tmp_path / "a", base, seed=1, r=4, target_modules=every[:2], **fan),
+        tiny.make_adapter(tmp_path / "b", base, seed=2, r=9, target_modules=every, **fan),
+    ]
+    rows = prompts(2)
+    harness = Harness(
+        base,
+        kernels=True,
+        max_loras=2,
+        max_num_seqs=5,
+        max_num_batched_tokens=20,
+        cache_shape=CacheShape(60, 8),
+    )
+    capture = Recorded()
+    if graphs:
+        harness.runner._executor._graphs = DecodeGraphs(capture, 5)
+    keys = [folder and harness.adapter(folder) for folder in folders]
+    done = harness.run(requests(keys, rows))
+    for index, folder in enumerate(folders):
+        expected = tiny.peft_generate(base, folder, rows, NEW, eos_token_id=None)
+        assert [list(done[f"{index}/{row}"].token_ids) for row in range(len(rows))] == expected
+    assert bool(capture.captured) == graphs
+    if graphs:
+        before = capture.captured
+        again = harness.run(requests(keys[:2], rows))
+        assert all(own.token_ids == done[name].token_ids for name, own in again.items())
+        assert capture.captured <= before + 2

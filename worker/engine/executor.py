@@ -1,0 +1,161 @@
+"""Puts packed rows through the base model: rows -> tensors and plans -> logits."""
+
+import abc
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.adapter import LoRAWeights
+from worker.engine.attention import AttentionPlan, PackedAttention
+from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.projections import Projection
+
+
+class PackedRow(NamedTuple):
+    """A row's part of a step."""
+
+    blocks: list[int]
+    offset: int
+    """Tokens of the row that are in the cache."""
+    tokens: list[int]
+    """Those that go through now; they are written to the cache, which has room for them in `blocks`."""
+    keep: int
+    """How many of them, from the last backwards, give logits."""
+    slot: int | None = None
+    """LoRA slot; None for the base model."""
+    source: int | None = None
+    """Where in the tokens that the last step chose its only token is; None if `tokens` says it."""
+
+    @property
+    def held(self) -> tuple[list[int], int, int]:
+        return self.blocks, self.offset, len(self.tokens)
+
+
+class LoRA(Protocol):
+    """The adapters in the slots, and the step's part in each projection; see LoRALayers."""
+
+    step: Any
+
+    def put(self, slot: int, weights: LoRAWeights) -> None: ...
+    def place(self, slot: int | None) -> Any: ...
+    def plan(self, spans: Sequence[tuple[int | None, int]]) -> Any: ...
+
+
+class Executor(abc.ABC):
+    """One way of running a model's steps. One thread only."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: PackedAttention,
+        projections: Sequence[Projection],
+        lora: LoRA,
+        device: torch.device,
+    ) -> None:
+        self.lora = lora
+        self._model = model
+        self._attention = attention
+        self._projections = projections
+        self._device = device
+
+    def order(self, rows: Sequence[PackedRow]) -> list[int]:
+        """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
+        return sorted(
+            range(len(rows)),
+            key=lambda number: (
+                len(rows[number].tokens) == 1,
+                self.lora.place(rows[number].slot),
+                rows[number].blocks[0],
+            ),
+        )
+
+    @abc.abstractmethod
+    def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [kept tokens, vocabulary] of rows in `order`, valid until the next run.
+
+        `latest` int64 has the tokens that rows with a `source` go on with. Nothing waits for the device. A
+        run that raised leaves nothing behind but what it wrote to the rows' own places in the cache.
+        """
+
+    def run_uncached(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """Logits of the last token of each prompt, of two tokens or more; the cache is left alone."""
+        rows = [([number], 0, len(prompt)) for number, prompt in enumerate(prompts)]
+        size = max(map(len, prompts))
+        plan = HostAttentionPlan(rows, block_size=size, device=self._device, cached=False)
+        packed = [PackedRow(row[0], 0, prompt, 1) for row, prompt in zip(rows, prompts, strict=True)]
+        with self._step(plan, None):
+            return self._forward(self._inputs(packed))
+
+    @contextmanager
+    def _step(self, plan: AttentionPlan, lora: Any) -> Iterator[None]:
+        """Give attention and LoRA their plans, and take them back whatever happens."""
+        self._attention.plan, self.lora.step = plan, lora
+        try:
+            yield
+        except BaseException:
+            for projection in self._projections:
+                projection.forget()
+            raise
+        finally:
+            self._attention.plan = self.lora.step = None
+
+    def _inputs(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> "Inputs":
+        tokens = [token for row in rows for token in row.tokens]
+        positions = [row.offset + number for row in rows for number in range(len(row.tokens))]
+        kept, targets, sources = list[int](), list[int](), list[int]()
+        end = 0
+        for row in rows:
+            end += len(row.tokens)
+            kept += range(end - row.keep, end)
+            if row.source is not None:
+                targets.append(end - 1)
+                sources.append(row.source)
+        parts = tokens, positions, kept, targets, sources
+        packed = torch.tensor(list(itertools.chain.from_iterable(parts)))
+        if self._device.type == "cuda":  # one copy, and nobody waits for it
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        split = torch.split(packed, [len(part) for part in parts])
+        if targets:
+            assert latest is not None
+            split[0].index_copy_(0, split[3], latest.index_select(0, split[4]))
+        return Inputs(*split[:3])
+
+    def _forward(self, inputs: "Inputs") -> torch.Tensor:
+        output = self._model(
+            input_ids=inputs.tokens.unsqueeze(0),
+            position_ids=inputs.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=inputs.kept,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+class Inputs(NamedTuple):
+    """What the model is given, int64 on its device."""
+
+    tokens: torch.Tensor
+    """[T]"""
+    positions: torch.Tensor
+    """[T]"""
+    kept: torch.Tensor
+    """[kept], the tokens that give logits."""
+
+
+class HostExecutor(Executor):
+    """By torch's own operators, at once; for CPUs."""
+
+    def __init__(self, *given: Any, block_size: int) -> None:
+        super().__init__(*given)
+        self._block_size = block_size
+
+    def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
+        """See Executor."""
+        lora = self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
+        plan = HostAttentionPlan([row.held for row in rows], block_size=self._block_size, device=self._device)
+        with self._step(plan, lora):
+            return self._forward(self._inputs(rows, latest))

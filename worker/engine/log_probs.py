@@ -1,0 +1,44 @@
+"""What the model thinks of tokens: natural logarithms of probabilities under its own distribution, which is
+that of the logits as they leave the model, before penalties, biases, temperature and cuts.
+"""
+
+import torch
+
+_CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 22
+"""Logits that are looked at at once, on a CPU about what its cache holds, elsewhere 16 MiB in float32; at
+least those of one position."""
+
+
+def prompt_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probability of each of `targets` int64 [t] under `logits` [t, vocabulary]: float32 [t].
+
+    `targets[i]` is the token that follows the position of `logits[i]`. Any floating type, computed in
+    float32. Beside its result it needs at most 32 MiB of the device's memory, or twice the size of one
+    float32 row of `logits` where that is more. Never waits for the device.
+    """
+    at_once = _at_once(logits)
+    slices = zip(torch.split(logits, at_once), torch.split(targets, at_once), strict=True)
+    return torch.cat([_of(own, tokens) for own, tokens in slices])
+
+
+def likely_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's `count` likeliest tokens and their log-probabilities: int64 and float32 [rows, count].
+
+    logits [rows, vocabulary]. Memory as for `prompt_log_probs`.
+    """
+    tokens, found = [], []
+    for own in torch.split(logits, _at_once(logits)):
+        scores = own.float()
+        best = scores.topk(count)
+        tokens.append(best.indices)
+        found.append(best.values - scores.logsumexp(-1, keepdim=True))
+    return torch.cat(tokens), torch.cat(found)
+
+
+def _at_once(logits: torch.Tensor) -> int:
+    return max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _ELEMENTS) // logits.shape[1])
+
+
+def _of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    scores = logits.float()
+    return scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(-1)

@@ -1,0 +1,101 @@
+"""LoRA by the kernels of `kernels.lora`: for GPUs, and for CPUs through Triton's interpreter."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from worker.engine.adapter import LoRAWeights
+from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
+from worker.engine.limits import EngineLimits
+from worker.engine.lora_plan import merge_runs
+from worker.engine.projections import Projection
+
+
+class KernelLoRALayers:
+    """As LoRALayers: the adapters in the slots of one engine, at their own ranks, used from one thread.
+
+    A projection gets its table when the first adapter needs it. While `step` is None every projection
+    computes what it computes without LoRA.
+    """
+
+    def __init__(
+        self, projections: Mapping[tuple[str, ...], Projection], device: torch.device, limits: EngineLimits
+    ) -> None:
+        """`projections` by the names of their modules."""
+        self.step: TokenTiles | None = None
+        self.generation = 0
+        """Goes up when a captured graph would no longer find what it was captured with."""
+        self._projections = projections
+        self._device = device
+        self._limits = limits
+        self._tables: dict[tuple[str, ...], LoRATable] = {}
+        self._scratch = torch.empty(0, device=device)
+
+    def put(self, slot: int, weights: LoRAWeights) -> None:
+        """Replace whatever `slot` holds by `weights`."""
+        on_device = {
+            name: type(pair)(*(tensor.to(self._device, non_blocking=True) for tensor in pair))
+            for name, pair in weights.pairs.items()
+        }
+        for names in self._projections:
+            pairs = [on_device.get(name) for name in names]
+            if any(pair is not None for pair in pairs):
+                self._table(names).put(slot, pairs)
+            elif names in self._tables:
+                self._tables[names].clear(slot)
+
+    def place(self, slot: int | None) -> int:
+        """A key to sort decoding rows by: tokens of one adapter read together are read once."""
+        return -1 if slot is None else slot
+
+    def plan(self, spans: Sequence[tuple[int | None, int]]) -> TokenTiles | None:
+        """The step for rows of `(slot, tokens)`; None when none has an adapter."""
+        runs = merge_runs(spans)
+        if not runs:
+            return None
+        tiles = self.empty_step(sum(tokens for _, tokens in spans))
+        tiles.copy_(tile_tokens(runs, tiles.max_tokens, tiles.max_slots))
+        return tiles
+
+    def empty_step(self, num_tokens: int) -> TokenTiles:
+        """Tiles without tokens, with room for a decode step if that is enough, else for any."""
+        limits = self._limits
+        room = limits.max_num_seqs if num_tokens <= limits.max_num_seqs else limits.max_num_batched_tokens
+        return TokenTiles(room, limits.max_loras, self._device)
+
+    def _table(self, names: tuple[str, ...]) -> LoRATable:
+        table = self._tables.get(names)
+        if table is None:
+            projection, limits = self._projections[names], self._limits
+            table = self._tables[names] = LoRATable(
+                limits.max_loras,
+                projection.in_features,
+                projection.sizes,
+                max_rank=limits.max_lora_rank,
+                dtype=limits.lora_dtype,
+                device=self._device,
+            )
+            needed = max(
+                scratch_size(tokens, [table])
+                for tokens in (limits.max_num_seqs, limits.max_num_batched_tokens)
+            )
+            if needed > len(self._scratch):
+                self._scratch = torch.empty(needed, dtype=torch.float32, device=self._device)
+            self.generation += 1
+            projection.addition = _Addition(self, table)
+        return table
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, table: LoRATable) -> None:
+        """Add to y in place what the step's tokens are due, if there is a step."""
+        if self.step is not None:
+            add_lora(x, y, table, self.step, self._scratch)
+
+
+class _Addition:
+    """What a projection calls with its input and output."""
+
+    def __init__(self, layers: KernelLoRALayers, table: LoRATable) -> None:
+        self._layers, self._table = layers, table
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self._layers.add(x, y, self._table)

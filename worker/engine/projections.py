@@ -1,0 +1,105 @@
+"""The linear modules of a base model, grouped where they share an input, with LoRA added to each.
+
+The model keeps its modules and their names: only their `forward` is replaced. The first of a group that
+is called computes all of it, as one product, and the others hand out their part.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from worker.engine.products import make_product
+
+
+class Addition(Protocol):
+    """What is added to a projection's output."""
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Read x [T, in], change y [T, out] in place."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) in {nn.Linear, Conv1D}
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """The in and out of a linear module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return module.nx, module.nf
+
+
+class Projection:
+    """One or more linear modules that are given the same tensor, as one product.
+
+    Their outputs lie side by side in `[T, sum of out]`; each module returns its columns as a view.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], keep: frozenset[int]) -> None:
+        """Take over the weights of `modules`, but those whose data pointer is in `keep`."""
+        self.in_features = features(modules[0])[0]
+        self.sizes = [features(module)[1] for module in modules]
+        self.addition: Addition | None = None
+        self._product, needed = make_product(*_fused(modules))
+        if not needed or len(modules) > 1:  # the product has a copy of its own
+            for tensor in _weights(modules):
+                if tensor.data_ptr() not in keep:
+                    tensor.data = tensor.new_empty(0)
+        self._x: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+        for index, module in enumerate(modules):
+            module.forward = partial(self._forward, index)
+
+    def forget(self) -> None:
+        """Drop what a pass that was broken off has left."""
+        self._x, self._parts = None, []
+
+    def _forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self._x or self._parts[index] is None:
+            self._x, self._parts = x, [*self._compute(x)]
+        part = self._parts[index]
+        self._parts[index] = None
+        if not any(other is not None for other in self._parts):
+            self.forget()
+        assert part is not None
+        return part
+
+    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self._product(x)
+        if self.addition is not None:
+            self.addition(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return torch.split(y, self.sizes, dim=-1)
+
+
+def tied_weights(model: nn.Module) -> frozenset[int]:
+    """Data pointers of the parameters that more than one module holds."""
+    seen: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        seen[parameter.data_ptr()] = seen.get(parameter.data_ptr(), 0) + 1
+    return frozenset(pointer for pointer, count in seen.items() if count > 1)
+
+
+def _fused(modules: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights below each other, [sum of out, in], and the biases; zeros where one has none."""
+    weights = [_weight(module) for module in modules]
+    biases: list[Any] = [module.bias for module in modules]
+    bias = None
+    if any(own is not None for own in biases):
+        pairs = zip(biases, weights, strict=True)
+        bias = torch.cat([weight.new_zeros(len(weight)) if own is None else own for own, weight in pairs])
+    return weights[0] if len(weights) == 1 else torch.cat(weights), bias
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+
+def _weights(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    return [module.weight for module in modules if isinstance(module.weight, torch.Tensor)]
