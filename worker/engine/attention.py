@@ -7,8 +7,6 @@ step's plan says.
 
 import abc
 import itertools
-import math
-import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from worker.engine.pages import zero_pages
 from worker.errors import ModelError
 
 Held = tuple[list[int], int, int]
@@ -104,7 +103,7 @@ class PackedAttention:
         self._block_size = block_size
         for layer, shape in self.shapes.items():
             self._cache[layer] = tuple(  # type: ignore[assignment]
-                _zeros((num_blocks * block_size, shape.num_heads, dim), shape.dtype, device)
+                zero_pages((num_blocks * block_size, shape.num_heads, dim), shape.dtype, device)
                 for dim in (shape.key_dim, shape.value_dim)
             )
 
@@ -170,13 +169,3 @@ class PackedAttention:
         if strange:
             raise ModelError(f"the model's attention needs {', '.join(strange)}, which is not supported")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], window, key.dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    # With huge pages the first token of a row would make 2 MiB of it resident, in every layer.
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -15,7 +15,9 @@ from worker.engine.lora_ops import (
     pack_stacks,
     stack_pairs,
 )
+from worker.engine.lora_plan import MOST_LANES
 from worker.engine.lora_step import LoRAStep
+from worker.engine.pages import zero_pages
 
 
 class LoRABank:
@@ -65,7 +67,9 @@ class LoRABank:
 
     def _add(self, x: torch.Tensor, y: torch.Tensor, step: LoRAStep) -> None:
         add_lora_segments(x, y, step.segments, self._stacks)
-        if step.packed is not None:
+        if step.packed is None:
+            self._packed, self._packed_slots = None, None
+        else:
             packed = self._pack(step.packed.slots)
             if packed is not None:
                 tokens = step.packed.tokens
@@ -74,7 +78,7 @@ class LoRABank:
         for rank, lanes in step.lanes.items():
             bank = self._lanes.get(rank)
             if bank is not None:
-                add_lora_lanes(x, y, bank.a, bank.parts, lanes)
+                add_lora_lanes(x, y, bank.first(lanes.lanes), lanes)
 
     def _pack(self, slots: tuple[int, ...]) -> Packed | None:
         """Those of `slots` that hold something, side by side; kept until they change."""
@@ -86,49 +90,50 @@ class LoRABank:
 
 
 class _LaneBank:
-    """Adapters of at most `rank` on each module, padded to it with zeros; a lane for each."""
+    """Adapters of at most `rank` on each module, padded to it with zeros; a lane for each.
+
+    A lane takes memory from when it is first filled.
+    """
 
     def __init__(self, rank: int, in_features: int, sizes: Sequence[int], dtype: torch.dtype) -> None:
         self._rank = rank
         self._sizes = sizes
         self._columns = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-        self.a = torch.zeros(0, len(sizes) * rank, in_features, dtype=dtype)
-        self._b = [torch.zeros(0, rank, size, dtype=dtype) for size in sizes]
+        self._a = zero_pages((MOST_LANES, len(sizes) * rank, in_features), dtype)
+        self._b = [zero_pages((MOST_LANES, rank, size), dtype) for size in sizes]
         self._used: set[int] = set()
-        self.parts: list[Part] = []
-        """Of the modules that some adapter uses."""
+        """Modules that some adapter uses."""
+        self._first: dict[int, Stack] = {}
+
+    def first(self, lanes: int) -> Stack:
+        """The first `lanes` lanes, for `add_lora_lanes`; views, made once."""
+        stack = self._first.get(lanes)
+        if stack is None:
+            rank = self._rank
+            parts = [
+                Part(
+                    slice(module * rank, (module + 1) * rank),
+                    slice(self._columns[module], self._columns[module + 1]),
+                    self._b[module][:lanes],
+                )
+                for module in sorted(self._used)
+            ]
+            stack = self._first[lanes] = Stack(self._a[:lanes].mT, tuple(parts))
+        return stack
 
     def fill(self, lane: int, stack: Stack | None) -> None:
         """Put `stack` there, or nothing."""
-        if lane >= len(self.a):
-            self._grow(max(8, 2 * lane))
-        self.a[lane].zero_()
-        for b in self._b:
-            b[lane].zero_()
-        if stack is None:
-            return
-        for part in stack.parts:
-            module = self._columns.index(part.columns.start)
-            rank = part.ranks.stop - part.ranks.start
+        parts = () if stack is None else stack.parts
+        if len(parts) < len(self._sizes) or any(len(part.b.T) < self._rank for part in parts):
+            self._a[lane].zero_()
+            for b in self._b:
+                b[lane].zero_()
+        for part in parts:
+            assert stack is not None
+            module, rank = self._columns.index(part.columns.start), len(part.b.T)
             first = module * self._rank
-            self.a[lane, first : first + rank] = stack.a[part.ranks]
+            self._a[lane, first : first + rank] = stack.a[part.ranks]
             self._b[module][lane, :rank] = part.b.T
             if module not in self._used:
                 self._used.add(module)
-                self._list_parts()
-
-    def _grow(self, lanes: int) -> None:
-        more = lanes - len(self.a)
-        self.a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
-        self._b = [torch.cat([b, b.new_zeros(more, *b.shape[1:])]) for b in self._b]
-        self._list_parts()
-
-    def _list_parts(self) -> None:
-        self.parts = [
-            Part(
-                slice(module * self._rank, (module + 1) * self._rank),
-                slice(self._columns[module], self._columns[module + 1]),
-                self._b[module],
-            )
-            for module in sorted(self._used)
-        ]
+                self._first.clear()

@@ -10,7 +10,7 @@ import torch
 from worker.engine.adapter import LoRAWeights
 from worker.engine.lora_bank import LoRABank
 from worker.engine.lora_ops import Lanes
-from worker.engine.lora_plan import Costs, Demand, LaneBook, Run, Way, cheapest, merge_runs
+from worker.engine.lora_plan import MOST_LANES, Costs, Demand, LaneBook, Run, Way, cheapest, merge_runs
 from worker.engine.lora_step import LoRAStep, PackedTokens, stand_in_lanes
 from worker.engine.projections import Projection
 
@@ -91,15 +91,14 @@ class LoRALayers:
         if len(decode) < 2:
             return Way.SEGMENTS
         banks = self._by_bank(decode)
+        reach = {
+            rank: self._books[rank].reach(slot for slot, _, _ in runs) for rank, runs in banks.items() if rank
+        }
         demand = Demand(
             counts=tuple(stop - start for _, start, stop in decode),
             ranks=tuple(self._ranks[slot] for slot, _, _ in decode),
-            lane_ranks=sum(
-                rank * self._books[rank].reach(slot for slot, _, _ in runs)
-                for rank, runs in banks.items()
-                if rank
-            ),
-            banks=0 if 0 in banks else len(banks),
+            lane_ranks=sum(rank * lanes for rank, lanes in reach.items()),
+            banks=0 if 0 in banks or max(reach.values()) > MOST_LANES else len(banks),
         )
         return cheapest(demand, self._features, self.costs)
 

@@ -19,7 +19,7 @@ class Part(NamedTuple):
     ranks: slice
     columns: slice
     b: torch.Tensor
-    """[out, r] for one adapter; [lanes, r, out] in a bank."""
+    """[out, r]"""
 
 
 class Stack(NamedTuple):
@@ -127,16 +127,15 @@ class Lanes(NamedTuple):
     """[tokens], the place where each token finds its result."""
 
 
-def add_lora_lanes(
-    x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, parts: Sequence[Part], lanes: Lanes
-) -> None:
+def add_lora_lanes(x: torch.Tensor, y: torch.Tensor, stack: Stack, lanes: Lanes) -> None:
     """Add to y in place: batched products over the adapters, each times its own tokens only.
 
-    a is [bank, R, in], a part's b [bank, r, out]. Best for many adapters with few tokens each: every weight
-    is read once.
+    The stack has a lane's adapter at each index of its first dimension: a [lanes, in, R], a part's b
+    [lanes, r, out]. Best for many adapters with few tokens each: every weight is read once.
     """
     standing = x.index_select(0, lanes.source).view(lanes.lanes, lanes.depth, -1)
-    h = torch.bmm(standing, a[: lanes.lanes].mT)
-    for part in parts:
-        delta = torch.bmm(h[:, :, part.ranks], part.b[: lanes.lanes]).flatten(0, 1)
-        y[lanes.tokens, part.columns].add_(delta.index_select(0, lanes.place))
+    h = torch.bmm(standing, stack.a)
+    own = y[lanes.tokens]
+    for part in stack.parts:
+        delta = torch.bmm(h[:, :, part.ranks], part.b).flatten(0, 1)
+        own[:, part.columns].add_(delta.index_select(0, lanes.place))

@@ -32,6 +32,10 @@ class Costs(NamedTuple):
     """A weight that is read to be used for hardly more than one token."""
 
 
+_STEPS_BETWEEN_CHANGES = 5
+"""Of the adapters in a batch, as it was with 16 rows of some 70 tokens each."""
+
+
 class Demand(NamedTuple):
     """The decoding tokens of a step that have adapters."""
 
@@ -55,7 +59,10 @@ def seconds(way: Way, demand: Demand, features: int, costs: Costs) -> float:
         case Way.SEGMENTS:
             calls, multiplied, read = 2 * len(counts), 0, sum(ranks)
         case Way.PACKED:
-            calls, multiplied, read = 3, sum(counts) * sum(ranks), 0
+            # Adapters are laid side by side anew whenever a row with another adapter starts or the last ends.
+            anew = 1 / _STEPS_BETWEEN_CHANGES
+            calls = 3 + 2 * len(counts) * anew
+            multiplied, read = sum(counts) * sum(ranks), 2 * sum(ranks) * anew
         case Way.LANES:
             # A lane has as many places as the adapter with most tokens needs.
             depth = max(1.0, max(counts) / 4)
@@ -72,6 +79,10 @@ def cheapest(demand: Demand, features: int, costs: Costs) -> Way:
     return min(ways, key=lambda way: seconds(way, demand, features, costs))
 
 
+MOST_LANES = 256
+"""In one bank; a step with more adapters goes another way."""
+
+
 class LaneBook:
     """Which adapter holds which lane of the banks for one rank: the active ones, close together."""
 
@@ -80,23 +91,31 @@ class LaneBook:
         """By slot. A slot that is no longer active keeps its lane until another needs it."""
 
     def reach(self, active: Iterable[int]) -> int:
-        """Lanes from the first to the last that `active` slots hold, once each has one."""
+        """At most so many lanes are there from the first to the last that `active` slots will hold."""
         active = list(active)
         held = [self.lanes[slot] + 1 for slot in active if slot in self.lanes]
         return max([len(active), *held])
 
     def assign(self, active: Iterable[int]) -> list[int]:
-        """See that every active slot has a lane; returns those whose lane must be filled first."""
+        """See that every active slot has a lane; returns those whose lane must be filled first.
+
+        One slot at a time moves down into a gap: what a step reads of the banks ends with the last lane.
+        """
         active = list(active)
         held = {self.lanes[slot] for slot in active if slot in self.lanes}
-        owners = {lane: slot for slot, lane in self.lanes.items()}
         lowest = (lane for lane in itertools.count() if lane not in held)
         fresh = [slot for slot in active if slot not in self.lanes]
+        if not fresh and len(held) <= max(held, default=0):
+            fresh = [max(active, key=lambda slot: self.lanes[slot])]
         for slot in fresh:
-            lane = next(lowest)
-            self.lanes.pop(owners.get(lane, -1), None)
-            self.lanes[slot] = lane
+            self._move(slot, next(lowest))
         return fresh
+
+    def _move(self, slot: int, lane: int) -> None:
+        owner = next((other for other, own in self.lanes.items() if own == lane), None)
+        if owner is not None:
+            del self.lanes[owner]
+        self.lanes[slot] = lane
 
     def forget(self, slot: int) -> None:
         """`slot` has other weights now, or none."""
