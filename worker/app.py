@@ -167,6 +167,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_loras=settings.max_loras,
         prefix_reuse=settings.prefix_reuse,
         max_passed_over=settings.max_passed_over,
+        look_ahead=device.type == "cuda",
     )
     logger.info(
         "model loaded",

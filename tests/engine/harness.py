@@ -32,6 +32,7 @@ class Harness:
         memory_share: float | None = None,
         prefix_reuse: bool = True,
         kernels: bool | None = None,
+        look_ahead: bool | None = None,
     ) -> None:
         self.base = load_base_model(
             base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
@@ -65,6 +66,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_loras=max_loras,
             prefix_reuse=prefix_reuse,
+            look_ahead=device != "cpu" if look_ahead is None else look_ahead,
         )
         self.stats: list[StepStats] = []
 

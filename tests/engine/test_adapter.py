@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from worker.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from worker.engine.base_model import load_base_model
+from worker.engine.limits import EngineLimits
 from worker.engine.model_runner import ModelRunner
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
@@ -25,7 +26,7 @@ Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def targets(llama):
     base = load_base_model(llama, device=torch.device("cpu"))
-    return ModelRunner(base, max_num_seqs=1).targets
+    return ModelRunner(base, EngineLimits(1, 64, 1, 64, torch.float32)).targets
 
 
 @pytest.fixture(scope="module")

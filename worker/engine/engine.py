@@ -10,10 +10,10 @@ import torch
 from worker.engine.adapter import LoRAWeights
 from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
-from worker.engine.model_runner import ModelRunner, Outcome
+from worker.engine.model_runner import Launched, ModelRunner, Outcome
 from worker.engine.sampler import check
 from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Sequence, Status
 from worker.engine.tokenizer import TextStream, Tokenizer
 from worker.errors import EngineFailed, InvalidParameters, PromptTooLong
 from worker.jobs import AdapterKey, Completion, Failure, FinishReason, InferenceRequest
@@ -53,7 +53,7 @@ class Engine:
     A request's adapter must be loaded, and stay so, from `add` to its completion: `weights` is asked
     for it when the adapter gets a slot, perhaps more than once. With `prefix_reuse`, rows of one adapter
     version that begin with the same tokens compute them once. `max_passed_over` is the most rows that
-    start before one that came earlier.
+    start before one that came earlier. `look_ahead` is for devices that work while the host prepares.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Engine:
         max_loras: int,
         prefix_reuse: bool = True,
         max_passed_over: int = 256,
+        look_ahead: bool = False,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
@@ -85,10 +86,13 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._streams: dict[str, TextStream] = {}
         self._failed_alone = 0
+        self._look_ahead = look_ahead
+        self._flight: Launched | None = None
+        """The step that the device works on; None without `look_ahead`."""
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._flight is not None
 
     def check(self, request: InferenceRequest) -> None:
         """Raise the RowError that `add` would, without adding. May be called from any thread."""
@@ -127,9 +131,13 @@ class Engine:
         """Put one batch through the model; returns the rows that ended.
 
         A row whose own computation fails ends with a failure, the others go on. Raises EngineFailed
-        when it is not the rows' fault.
+        when it is not the rows' fault. With `look_ahead` the batch is only launched: it is settled by the
+        next step, after that has launched its own, so that the device never waits for the host.
         """
         started = time.perf_counter()
+        before: list[Completion] = []
+        if self._flight is not None and not self._scheduler.can_look_ahead:
+            before = self._settle_flight()
         batch = self._scheduler.schedule()
         for unproven in self._scheduler.take_given_back():
             self._runner.scrub(unproven.blocks, unproven.stop, unproven.start)
@@ -144,7 +152,7 @@ class Engine:
         timings = self._runner.timings
         work = timings.prepare_seconds + timings.forward_seconds + timings.sample_seconds
         scheduler = self._scheduler
-        return refused + completions, StepStats(
+        return before + refused + completions, StepStats(
             rows=len(computed),
             adapters=len({row.sequence.request.adapter for row in computed} - {None}),
             prompt_tokens=prompt_tokens,
@@ -187,6 +195,36 @@ class Engine:
         return batch, failed
 
     def _compute(self, batch: Batch) -> tuple[list[Completion], list[ScheduledRow]]:
+        if not self._look_ahead:
+            return self._run(batch)
+        if not batch.rows:
+            return self._settle_flight(), []
+        try:
+            launched = self._runner.launch(batch, self._flight)
+        except Exception:
+            logger.warning("a step could not be launched ahead", exc_info=True)
+            completions = self._settle_flight()
+            left = Batch(tuple(row for row in batch.rows if row.sequence.status is Status.RUNNING))
+            again, computed = self._run(left)
+            return completions + again, computed
+        self._scheduler.advance(batch)
+        completions = self._settle_flight()
+        self._flight = launched
+        return completions, list(batch.rows)
+
+    def _settle_flight(self) -> list[Completion]:
+        """Wait for the step under way, if there is one, and record it."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        try:
+            outcome = self._runner.collect(flight)
+        except Exception as exc:  # a device that fails so late leaves nothing to go on with
+            raise EngineFailed(f"the device failed in a step that was under way: {exc}") from exc
+        self._failed_alone = 0
+        return self._record(flight.batch, outcome)
+
+    def _run(self, batch: Batch) -> tuple[list[Completion], list[ScheduledRow]]:
         """Run and record a batch; halve it on trouble until the trouble is one row's."""
         if not batch.rows:
             return [], []
@@ -198,6 +236,7 @@ class Engine:
         except Exception as exc:  # noqa: BLE001 (whatever a model raises is one row's until shown otherwise)
             return self._split(batch, exc, "internal")
         self._failed_alone = 0
+        self._scheduler.advance(batch)
         return self._record(batch, outcome), list(batch.rows)
 
     def _split(self, batch: Batch, exc: Exception, code: str) -> tuple[list[Completion], list[ScheduledRow]]:
@@ -205,8 +244,8 @@ class Engine:
             return [self._fail_alone(batch.rows[0].sequence, exc, code)], []
         logger.warning("a batch of %d rows failed, trying halves: %s", len(batch.rows), exc)
         middle = len(batch.rows) // 2
-        first, computed = self._compute(Batch(batch.rows[:middle]))
-        second, also = self._compute(Batch(batch.rows[middle:]))
+        first, computed = self._run(Batch(batch.rows[:middle]))
+        second, also = self._run(Batch(batch.rows[middle:]))
         return first + second, computed + also
 
     def _fail_alone(self, sequence: Sequence, exc: Exception, code: str) -> Completion:
@@ -223,6 +262,7 @@ class Engine:
         return self._complete(sequence, failure)
 
     def _record(self, batch: Batch, outcome: Outcome) -> list[Completion]:
+        """Settle a batch that was advanced; rows that have ended since it was launched are passed by."""
         completions = []
         sampled = iter(outcome.samples)
         for row, log_probs in zip(batch.rows, outcome.prompt_log_probs, strict=True):
@@ -230,6 +270,8 @@ class Engine:
         kept_rows, kept_samples = [], []
         for row in batch.rows:
             own = next(sampled) if row.samples else None
+            if row.sequence.status is not Status.RUNNING:
+                continue
             if own is not None and not own.finite:
                 failure = Failure("internal", "The model's output for this row is not finite")
                 completions.append(self._fail(row.sequence, failure))
@@ -237,7 +279,7 @@ class Engine:
             kept_rows.append(row)
             if own is not None:
                 kept_samples.append((own.token, own.log_prob, own.top_tokens))
-        ended = self._scheduler.update(Batch(tuple(kept_rows)), kept_samples, self._finish_reason)
+        ended = self._scheduler.settle(Batch(tuple(kept_rows)), kept_samples, self._finish_reason)
         return completions + [self._complete(sequence) for sequence in ended]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
