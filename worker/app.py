@@ -26,6 +26,7 @@ from worker.engine.adapter import load_adapter
 from worker.engine.base_model import BaseModel, load_base_model, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.limits import EngineLimits
+from worker.engine.lora_layers import measure_costs
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
 from worker.errors import SettingsError
@@ -151,7 +152,8 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=dtype,
     )
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share)
+    costs = measure_costs(device, dtype) if settings.lora_enabled and device.type == "cpu" else None
+    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs)
     store = LoRAStore(
         partial(load_adapter, targets=runner.targets, max_lora_rank=settings.max_lora_rank, dtype=dtype),
         settings.cpu_loras,
