@@ -313,7 +313,8 @@ class ModelRunner:
         for row, own in enumerate(expected):
             got = []
             for offset, tokens in probe.steps(row):
-                got.append(self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))]))
+                logits = self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))])
+                got.append(logits.clone())  # the next run may overwrite them
             worst = max(worst, float((torch.cat(got).float() - own).norm() / own.norm()))
             self._attention.scrub(blocks, probe.length)
         limit = _TOLERANCE[self._base.dtype]
