@@ -294,6 +294,24 @@ def test_adapter_that_overflows_leaves_its_neighbours_alone(zeros):
     assert output(zeros, 0, 1, 2) == pytest.approx([1, 4, 2])
 
 
+def test_lane_that_could_not_be_filled_is_filled_before_it_is_used(zeros, monkeypatch):
+    """Else the next step would take what another adapter left there for this one's weights."""
+    layers, _ = zeros
+    for slot, value in enumerate((1.0, 2.0)):
+        layers.put(slot, weights_of(value))
+    assert output(zeros, 0, 1) == pytest.approx([1, 2])
+    layers.put(0, weights_of(5.0))
+    layers.put(1, weights_of(6.0))
+    bank = layers._banks["q", "k", "v"]
+    monkeypatch.setattr(bank, "fill_lane", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    if lora_layers.cheapest() is Way.LANES:
+        with pytest.raises(MemoryError):
+            output(zeros, 0, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(lora_layers, "cheapest", lambda *_: Way.LANES)
+    assert output(zeros, 0, 1) == pytest.approx([5, 6])
+
+
 def test_nothing_is_added_while_there_is_no_step(zeros):
     layers, model = zeros
     layers.put(0, weights_of(1.0))

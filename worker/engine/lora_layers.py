@@ -110,9 +110,14 @@ class LoRALayers:
     def _stand_in_lanes(self, decode: Sequence[Run]) -> Iterator[tuple[int, Lanes]]:
         for rank, runs in self._by_bank(decode).items():
             book = self._books[rank]
-            for slot in book.assign(slot for slot, _, _ in runs):
-                for bank in self._banks.values():
+            fresh = book.assign(slot for slot, _, _ in runs)
+            try:
+                for slot, bank in itertools.product(fresh, self._banks.values()):
                     bank.fill_lane(rank, book.lanes[slot], slot)
+            except BaseException:
+                for slot in fresh:  # what is in their lanes is not theirs, or half of it
+                    book.forget(slot)
+                raise
             yield rank, stand_in_lanes(runs, book.lanes, self._device)
 
 
