@@ -33,6 +33,15 @@ _HARMLESS = frozenset(
 """Keyword arguments of an attention function that say nothing about its result here."""
 
 
+def places(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
+    """Where the cache holds tokens `start` to `stop` of a row with these blocks."""
+    spans = (
+        range(block * block_size + max(0, start - first), block * block_size + min(block_size, stop - first))
+        for first, block in zip(range(0, stop, block_size), blocks, strict=False)
+    )
+    return list(itertools.chain.from_iterable(spans))
+
+
 class Form(NamedTuple):
     """What a model's attention is like, apart from softmax(q k scale) v."""
 

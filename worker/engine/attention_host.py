@@ -1,13 +1,12 @@
 """Attention by torch's own operators: chunks one by one, all decoding rows at once."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from worker.engine.attention import AttentionPlan, Cache, Form, Held
+from worker.engine.attention import AttentionPlan, Cache, Form, Held, places
 
 _ROUND_LENGTH = 16
 """Decode lengths are rounded up to a multiple of this, so that a row's sums are blocked alike
@@ -44,21 +43,21 @@ class HostAttentionPlan(AttentionPlan):
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self.chunks: list[Chunk] = []
         decode: list[tuple[list[int], int]] = []
-        places: list[int] = []
+        write: list[int] = []
         start = 0
         for blocks, offset, num_tokens in rows:
-            own = self._places(blocks, offset + num_tokens)
-            places += own[offset:]
+            end = offset + num_tokens
+            write += places(blocks, offset, end, block_size)
             if num_tokens == 1:
-                decode.append((blocks, offset + 1))
+                decode.append((blocks, end))
             else:
                 assert not decode, "prefill rows come first"
-                known = torch.tensor(own, device=device) if offset else None
+                known = torch.tensor(places(blocks, 0, end, block_size), device=device) if offset else None
                 self.chunks.append(Chunk(start, start + num_tokens, offset, known))
             start += num_tokens
         self.num_tokens = start
         self.decode_start = start - len(decode)
-        self.write = torch.tensor(places, dtype=torch.long, device=device) if cached else None
+        self.write = torch.tensor(write, dtype=torch.long, device=device) if cached else None
         self.decode = self._plan_decode(decode) if decode else None
 
     def attend(
@@ -101,11 +100,6 @@ class HostAttentionPlan(AttentionPlan):
             mask = self._masks[key] = mask[:, None, None, :]
         return mask
 
-    def _places(self, blocks: list[int], num_tokens: int) -> list[int]:
-        size = self._block_size
-        ranges = (range(block * size, block * size + size) for block in blocks)
-        return list(itertools.islice(itertools.chain.from_iterable(ranges), num_tokens))
-
     def _make_chunk_mask(self, chunk: Chunk, window: int | None) -> torch.Tensor | None:
         end = chunk.offset + chunk.stop - chunk.start
         if not chunk.offset and (window is None or end <= window):
@@ -124,10 +118,12 @@ class HostAttentionPlan(AttentionPlan):
         low, span = min(blocks), max(blocks) - min(blocks) + 1
         one_block_each = all(len(held) == 1 for held, _ in rows) and max(lengths) <= self._block_size
         if not one_block_each or span > 2 * len(rows):
-            padded = [self._places(held, length) for held, length in rows]
+            padded = [places(held, 0, length, self._block_size) for held, length in rows]
             padded = [own + own[-1:] * (longest - len(own)) for own in padded]
-            places = torch.tensor(padded, device=self._device)
-            return DecodePlan(torch.tensor(lengths, device=self._device), longest, places, 0, len(rows), None)
+            gathered = torch.tensor(padded, device=self._device)
+            return DecodePlan(
+                torch.tensor(lengths, device=self._device), longest, gathered, 0, len(rows), None
+            )
         # Rows with one block each, close together: the cache is read in place, holes and all.
         order = [block - low for block in blocks]
         by_block = [0] * span

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from worker.engine.attention import AttentionPlan, Cache, Form, Held
+from worker.engine.attention import AttentionPlan, Cache, Form, Held, places
 from worker.engine.kernels.attention import paged_decode, paged_prefill
+from worker.engine.transfer import to_device
 
 
 class KernelAttentionPlan(AttentionPlan):
@@ -24,14 +25,18 @@ class KernelAttentionPlan(AttentionPlan):
         chunks = [row for row in rows if row[2] > 1]
         decode = rows[len(chunks) :]
         self.num_chunk_tokens = sum(num_tokens for _, _, num_tokens in chunks)
-        self._chunk_tables = _tables(chunks, max_blocks).to(device, non_blocking=True)
+        self._chunk_tables = to_device(_tables(chunks, max_blocks), device)
         cumulative = itertools.accumulate((num_tokens for _, _, num_tokens in chunks), initial=0)
         self._cumulative = _int32(list(cumulative), device)
         self._offsets = _int32([offset for _, offset, _ in chunks], device)
-        self.decode_tables = _tables(decode, max_blocks).to(device, non_blocking=True)
+        self.decode_tables = to_device(_tables(decode, max_blocks), device)
         self.lengths = _int32([offset + 1 for _, offset, _ in decode], device)
-        places = [place for row in rows for place in _places(row, block_size)]
-        self.write = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
+        write = [
+            place
+            for blocks, offset, num_tokens in rows
+            for place in places(blocks, offset, offset + num_tokens, block_size)
+        ]
+        self.write = to_device(torch.tensor(write, dtype=torch.int64), device)
 
     @classmethod
     def padding(
@@ -101,13 +106,4 @@ def _tables(rows: Sequence[Held], max_blocks: int) -> torch.Tensor:
 
 
 def _int32(numbers: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _places(row: Held, block_size: int) -> list[int]:
-    """Where the tokens that go through now are written."""
-    blocks, offset, num_tokens = row
-    return [
-        blocks[position // block_size] * block_size + position % block_size
-        for position in range(offset, offset + num_tokens)
-    ]
+    return to_device(torch.tensor(numbers, dtype=torch.int32), device)

@@ -13,6 +13,7 @@ from worker.engine.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
 from worker.engine.projections import Projection
+from worker.engine.transfer import to_device
 
 
 class PackedRow(NamedTuple):
@@ -115,9 +116,7 @@ class Executor(abc.ABC):
                 targets.append(end - 1)
                 sources.append(row.source)
         parts = tokens, positions, kept, targets, sources
-        packed = torch.tensor(list(itertools.chain.from_iterable(parts)))
-        if self._device.type == "cuda":  # one copy, and nobody waits for it
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        packed = to_device(torch.tensor(list(itertools.chain.from_iterable(parts))), self._device)
         split = torch.split(packed, [len(part) for part in parts])
         if targets:
             assert latest is not None

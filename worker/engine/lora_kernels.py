@@ -1,6 +1,7 @@
 """LoRA by the kernels of `kernels.lora`: for GPUs, and for CPUs through Triton's interpreter."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -9,6 +10,7 @@ from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_plan import merge_runs
 from worker.engine.projections import Projection
+from worker.engine.transfer import to_device
 
 
 class KernelLoRALayers:
@@ -54,7 +56,8 @@ class KernelLoRALayers:
         if not runs:
             return None
         tiles = self.empty_step(sum(tokens for _, tokens in spans))
-        tiles.copy_(tile_tokens(runs, tiles.max_tokens, tiles.max_slots))
+        host = tile_tokens(runs, tiles.max_tokens, tiles.max_slots)
+        tiles.buffer.copy_(to_device(host.buffer, self._device))
         return tiles
 
     def empty_step(self, num_tokens: int) -> TokenTiles:
@@ -82,20 +85,9 @@ class KernelLoRALayers:
             if needed > len(self._scratch):
                 self._scratch = torch.empty(needed, dtype=torch.float32, device=self._device)
             self.generation += 1
-            projection.addition = _Addition(self, table)
+            projection.addition = partial(self._add, table)
         return table
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, table: LoRATable) -> None:
-        """Add to y in place what the step's tokens are due, if there is a step."""
+    def _add(self, table: LoRATable, x: torch.Tensor, y: torch.Tensor) -> None:
         if self.step is not None:
             add_lora(x, y, table, self.step, self._scratch)
-
-
-class _Addition:
-    """What a projection calls with its input and output."""
-
-    def __init__(self, layers: KernelLoRALayers, table: LoRATable) -> None:
-        self._layers, self._table = layers, table
-
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self._layers.add(x, y, self._table)

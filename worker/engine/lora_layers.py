@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ class LoRALayers:
             for names, projection in projections.items()
         }
         for names, projection in projections.items():
-            projection.addition = _Addition(self, self._banks[names])
+            projection.addition = partial(self._add, self._banks[names])
         modules = sum(len(projection.sizes) for projection in projections.values())
         features = sum(p.in_features * len(p.sizes) + sum(p.sizes) for p in projections.values())
         self._features = features // max(1, modules)
@@ -120,17 +121,9 @@ class LoRALayers:
                 raise
             yield rank, stand_in_lanes(runs, book.lanes, self._device)
 
-
-class _Addition:
-    """What a projection calls with its input and output."""
-
-    def __init__(self, layers: LoRALayers, bank: LoRABank) -> None:
-        self._layers, self._bank = layers, bank
-
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        step = self._layers.step
-        if step is not None:
-            self._bank.add(x, y, step)
+    def _add(self, bank: LoRABank, x: torch.Tensor, y: torch.Tensor) -> None:
+        if self.step is not None:
+            bank.add(x, y, self.step)
 
 
 def measure_costs(device: torch.device, dtype: torch.dtype) -> Costs:

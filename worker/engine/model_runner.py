@@ -21,6 +21,7 @@ from worker.engine.lora_plan import Costs
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare, prompt_log_probs
 from worker.engine.scheduler import Batch, ScheduledRow
+from worker.engine.transfer import to_device
 from worker.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class ModelRunner:
             if any(pending):
                 assert tokens is not None
                 sources = [places.get(id(sequence), 0) for sequence in sampling]
-                latest = tokens.index_select(0, torch.tensor(sources).to(tokens.device, non_blocking=True))
+                latest = tokens.index_select(0, to_device(torch.tensor(sources), tokens.device))
             sampled = choose(logits, plan, latest)
             fetched = fetch(sampled)
         done = time.perf_counter()
@@ -216,11 +217,14 @@ class ModelRunner:
             if row.scored:
                 targets = row.sequence.tokens[row.scored.start + 1 : row.scored.stop + 1]
                 own = logits[start : start + len(row.scored)]
-                scores[id(row.sequence)] = prompt_log_probs(own, torch.tensor(targets, device=logits.device))
+                scores[id(row.sequence)] = prompt_log_probs(
+                    own, to_device(torch.tensor(targets), logits.device)
+                )
             start += row.keep
             if row.samples:
                 ends.append(start - 1)
-        return scores, logits.index_select(0, torch.tensor(ends, dtype=torch.long, device=logits.device))
+        kept = to_device(torch.tensor(ends, dtype=torch.long), logits.device)
+        return scores, logits.index_select(0, kept)
 
     def _discover(self, probe: "_Probe") -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""

@@ -30,6 +30,7 @@ from worker.engine.logit_changes import (
 )
 from worker.engine.samples import Sample, Sampled, Told, collect, fetch
 from worker.engine.sequence import Sequence
+from worker.engine.transfer import to_device
 from worker.errors import InvalidParameters
 from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 
@@ -167,10 +168,8 @@ def _send(plan: SamplingPlan, device: torch.device) -> SamplingPlan:
     arrived = {}
     for dtype in {one.dtype for one in found}:
         alike = [one for one in found if one.dtype == dtype]
-        packed = torch.cat(alike)
-        if device.type == "cuda":  # only then can the copy go on by itself
-            packed = packed.pin_memory()
-        arrived[dtype] = iter(torch.split(packed.to(device, non_blocking=True), [len(one) for one in alike]))
+        packed = to_device(torch.cat(alike), device)
+        arrived[dtype] = iter(torch.split(packed, [len(one) for one in alike]))
 
     def sent(part: _Part) -> _Part:
         own = {name: one for name, one in part._asdict().items() if isinstance(one, torch.Tensor)}
