@@ -152,7 +152,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=dtype,
     )
-    costs = measure_costs(device, dtype) if settings.lora_enabled and device.type == "cpu" else None
+    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs)
     store = LoRAStore(
         partial(load_adapter, targets=runner.targets, max_lora_rank=settings.max_lora_rank, dtype=dtype),

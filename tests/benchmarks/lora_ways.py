@@ -34,7 +34,7 @@ class Model:
                 modules = [nn.Linear(in_features, size, bias=False, device="meta") for size in sizes]
                 names = tuple(f"{layer}.{group}.{index}" for index in range(len(sizes)))
                 self.projections[names] = Empty(modules)
-        self.layers = LoRALayers(self.projections, costs)
+        self.layers = LoRALayers(self.projections, 32, costs)
 
     def adapter(self, rank: int) -> LoRAWeights:
         pairs = {}
@@ -53,7 +53,7 @@ class Empty(Projection):
 
 
 def seconds_of(model: Model, spans: list[tuple[int, int]], way: Way | None) -> tuple[float, Way]:
-    """The best of several tries, after one that fills lanes; `way` None takes what the rule chooses."""
+    """The best of several tries; `way` None takes what the rule chooses."""
     chosen = []
 
     def choose(*given: object) -> Way:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--measured", action="store_true")
     args = parser.parse_args()
-    costs = measure_costs(torch.device("cpu"), torch.float32) if args.measured else Costs()
+    costs = measure_costs(torch.float32) if args.measured else Costs()
     print(f"{args.rows} rows, rank {args.rank}, {torch.get_num_threads()} threads, {costs}")
     print(
         f"{'adapters':>8}"
@@ -104,7 +104,7 @@ def main() -> None:
         if count > args.rows:
             break
         for slot in range(count):
-            if slot not in model.layers._ranks:
+            if slot not in model.layers._entries:
                 model.layers.put(slot, model.adapter(args.rank))
         spans = sorted((row % count, 1) for row in range(args.rows))
         times = {way: seconds_of(model, spans, way)[0] for way in Way}

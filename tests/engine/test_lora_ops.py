@@ -6,58 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import nn
 
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.lora_bank import LoRABank
 from worker.engine.lora_layers import LoRALayers, measure_costs
-from worker.engine.lora_ops import (
-    add_lora_packed,
-    add_lora_reference,
-    add_lora_segments,
-    foreign_ranks,
-    pack_stacks,
-    stack_pairs,
-)
-from worker.engine.lora_plan import Costs, Demand, LaneBook, Way, cheapest, merge_runs, seconds
+from worker.engine.lora_ops import add_lora_reference, weighted_sums
+from worker.engine.lora_plan import Costs, Demand, Shape, Way, cheapest, merge_runs, seconds
+from worker.engine.lora_step import LoRAStep, TokenEntries
 from worker.engine.projections import Projection
 from worker.jobs import AdapterKey
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 check = settings(max_examples=60, deadline=None)
-
-
-class Case(NamedTuple):
-    x: torch.Tensor
-    y: torch.Tensor
-    runs: list[tuple[int, int, int]]
-    pairs: dict[int, LoRAPair]
-    token_slots: list[int | None]
-
-
-@st.composite
-def cases(draw, dtypes=DTYPES):
-    dtype = draw(st.sampled_from(dtypes))
-    in_features, out_features = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    ranks = draw(st.dictionaries(st.integers(0, 5), st.integers(1, 6), max_size=5))
-    lengths = st.tuples(st.sampled_from([None, *range(6)]), st.integers(1, 4))
-    stretches = draw(st.lists(lengths, min_size=1, max_size=8))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    runs, token_slots = [], []
-    for slot, length in stretches:
-        if slot is not None:
-            runs.append((slot, len(token_slots), len(token_slots) + length))
-        token_slots += [slot] * length
-    pairs = {slot: LoRAPair(normal(r, in_features), normal(out_features, r)) for slot, r in ranks.items()}
-    tokens = len(token_slots)
-    return Case(normal(tokens, in_features), normal(tokens, out_features), runs, pairs, token_slots)
 
 
 def assert_close(got, expected):
@@ -65,54 +28,61 @@ def assert_close(got, expected):
     assert difference <= TOLERANCE[got.dtype] * (1 + expected.norm())
 
 
-def stacks(case):
-    """The adapters of a projection of one module."""
-    return {slot: stack_pairs([pair], [len(pair.b)]) for slot, pair in case.pairs.items()}
-
-
-def slots_of(case):
-    return torch.tensor([-1 if slot is None else slot for slot in case.token_slots])
-
-
-@given(cases())
+@given(st.data())
 @check
-def test_segments_equal_the_plain_loop(case):
-    expected = add_lora_reference(case.x, case.y, case.token_slots, case.pairs)
-    add_lora_segments(case.x, case.y, case.runs, stacks(case))
-    assert_close(case.y, expected)
+def test_weighted_sums_are_products_by_a_matrix_of_their_own(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    matrices, height, width = (data.draw(st.integers(1, high)) for high in (4, 9, 9))
+    own = data.draw(st.lists(st.integers(0, matrices - 1), min_size=1, max_size=9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rows = torch.randn(matrices, height, width, generator=generator).to(dtype)
+    x = torch.randn(len(own), height, generator=generator).to(dtype)
+    chosen = torch.tensor(own, dtype=torch.int32)[:, None] * height + torch.arange(height, dtype=torch.int32)
+    got = weighted_sums(rows.view(-1, width), chosen, x)
+    assert_close(
+        got, torch.stack([one.float() @ rows[index].float() for one, index in zip(x, own, strict=True)])
+    )
 
 
-@given(cases())
-@check
-def test_packed_equals_the_plain_loop(case):
-    expected = add_lora_reference(case.x, case.y, case.token_slots, case.pairs)
-    idle = [token for token, slot in enumerate(case.token_slots) if slot not in case.pairs]
-    before = case.y[idle].clone()
-    if case.pairs:
-        packed = pack_stacks(stacks(case))
-        add_lora_packed(case.x, case.y, packed.stack, foreign_ranks(slots_of(case), packed.slots))
-    assert_close(case.y, expected)
-    assert torch.equal(case.y[idle], before)
-
-
-@given(cases())
-@check
-def test_mask_gives_each_token_the_columns_of_its_own_slot(case):
-    columns = tuple(slot for slot, pair in case.pairs.items() for _ in range(pair.rank))
-    mask = foreign_ranks(slots_of(case), columns)
-    assert mask.dtype == torch.bool
-    assert mask.tolist() == [[own != slot for slot in columns] for own in case.token_slots]
-
-
-def test_stack_is_the_pairs_of_several_modules():
+def test_bank_makes_room_for_a_module_that_comes_later():
     torch.manual_seed(0)
-    first, third = (LoRAPair(torch.randn(r, 5), torch.randn(out, r)) for r, out in ((2, 3), (4, 6)))
-    stack = stack_pairs([first, None, third], [3, 2, 6])
-    x, y = torch.randn(7, 5), torch.zeros(7, 11)
-    add_lora_segments(x, y, [(9, 0, 7)], {9: stack})
-    torch.testing.assert_close(y[:, :3], x @ first.a.T @ first.b.T)
-    torch.testing.assert_close(y[:, 5:], x @ third.a.T @ third.b.T)
-    assert not y[:, 3:5].any()
+    first, second = (LoRAPair(torch.randn(r, 5), torch.randn(out, r)) for r, out in ((2, 3), (8, 6)))
+    bank = LoRABank(5, [3, 2, 6], 4)
+    bank.put(0, 8, 0, [first, None, None])
+    bank.put(1, 8, 1, [None, None, second])
+    x = torch.randn(7, 5)
+    for step in (
+        LoRAStep([(0, 0, 4), (1, 4, 7)]),
+        LoRAStep([], {8: TokenEntries([(0, 0, 4), (1, 4, 7)], {0: 0, 1: 1})}),
+    ):
+        y = torch.zeros(7, 11)
+        bank.add(x, y, step)
+        torch.testing.assert_close(y[:4, :3], x[:4] @ first.a.T @ first.b.T)
+        torch.testing.assert_close(y[4:, 5:], x[4:] @ second.a.T @ second.b.T)
+        assert not y[:, 3:5].any()
+        assert not y[:4, 5:].any()
+        assert not y[4:, :3].any()
+
+
+def test_a_token_is_computed_alike_beside_others():
+    """Else a row's text would depend on its neighbours."""
+    torch.manual_seed(0)
+    bank = LoRABank(64, [32, 16], 8)
+    for slot in range(8):
+        pairs = [LoRAPair(torch.randn(8, 64), torch.randn(out, 8)) for out in (32, 16)]
+        bank.put(slot, 8, slot, pairs)
+    x = torch.randn(16, 64)
+    own = [token // 2 for token in range(16)]
+    entries = {slot: slot for slot in range(8)}
+
+    def outputs(tokens):
+        y = torch.zeros(len(tokens), 48)
+        runs = [(own[token], number, number + 1) for number, token in enumerate(tokens)]
+        bank.add(x[tokens], y, LoRAStep([], {8: TokenEntries(runs, entries)}))
+        return y
+
+    together = outputs(range(16))
+    assert all(torch.equal(outputs([token])[0], together[token]) for token in range(16))
 
 
 # A batch through projections: whichever way is taken, the result is the plain loop's.
@@ -165,7 +135,7 @@ def layers_of(model, costs=None):
     projections = {
         names: Projection([getattr(model, name) for name in names], frozenset()) for names in Model.NAMES
     }
-    return LoRALayers(projections, costs or Costs(), CPU)
+    return LoRALayers(projections, 8, costs or Costs())
 
 
 def in_order(layers, spans):
@@ -294,22 +264,28 @@ def test_adapter_that_overflows_leaves_its_neighbours_alone(zeros):
     assert output(zeros, 0, 1, 2) == pytest.approx([1, 4, 2])
 
 
-def test_lane_that_could_not_be_filled_is_filled_before_it_is_used(zeros, monkeypatch):
+def test_slot_that_could_not_be_filled_is_filled_before_it_is_used(zeros, monkeypatch):
     """Else the next step would take what another adapter left there for this one's weights."""
     layers, _ = zeros
     for slot, value in enumerate((1.0, 2.0)):
         layers.put(slot, weights_of(value))
     assert output(zeros, 0, 1) == pytest.approx([1, 2])
-    layers.put(0, weights_of(5.0))
-    layers.put(1, weights_of(6.0))
-    bank = layers._banks["q", "k", "v"]
-    monkeypatch.setattr(bank, "fill_lane", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-    if lora_layers.cheapest() is Way.LANES:
+    with monkeypatch.context() as patch:
+        patch.setattr(layers._banks["o",], "put", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError):
-            output(zeros, 0, 1)
-    monkeypatch.undo()
-    monkeypatch.setattr(lora_layers, "cheapest", lambda *_: Way.LANES)
-    assert output(zeros, 0, 1) == pytest.approx([5, 6])
+            layers.put(0, weights_of(5.0))
+    layers.put(2, weights_of(6.0))
+    layers.put(0, weights_of(7.0))
+    assert output(zeros, 0, 1, 2) == pytest.approx([7, 2, 6])
+
+
+def test_places_of_adapters_that_left_are_used_again(zeros):
+    layers, _ = zeros
+    for round_ in range(30):
+        for slot in range(4):
+            layers.put((slot + round_) % 8, weights_of(float(slot + round_)))
+            layers.clear((slot + round_ + 4) % 8)
+    assert max(entry for _, entry in layers._entries.values()) < 8
 
 
 def test_nothing_is_added_while_there_is_no_step(zeros):
@@ -322,19 +298,20 @@ def test_nothing_is_added_while_there_is_no_step(zeros):
 # The choice
 
 
-def demand(adapters, each, rank=8, lanes=None):
-    lane_ranks = (adapters if lanes is None else lanes) * rank
-    return Demand((each,) * adapters, (rank,) * adapters, lane_ranks, banks=1)
+SHAPE = Shape(modules=2, features=3000)
+
+
+def demand(adapters, each, rank=8):
+    return Demand((each,) * adapters, (rank,) * adapters, tables=1)
 
 
 def test_choice_follows_what_is_cheap():
     costs = Costs()
-    assert cheapest(demand(1, 16), 1500, costs) is Way.SEGMENTS
-    assert cheapest(demand(2, 2), 1500, costs) is Way.PACKED
-    assert cheapest(demand(16, 1), 1500, costs) is Way.LANES
-    assert cheapest(demand(16, 1)._replace(banks=0), 1500, costs) is not Way.LANES
-    assert cheapest(demand(4, 4, rank=256), 8000, costs._replace(multiply_seconds=1e-9)) is not Way.PACKED
-    assert cheapest(demand(16, 1, lanes=400), 1500, costs) is not Way.LANES
+    assert cheapest(demand(1, 16), SHAPE, costs) is Way.SEGMENTS
+    assert cheapest(demand(16, 1), SHAPE, costs) is Way.ROWS
+    assert cheapest(demand(16, 1), SHAPE, costs._replace(sum_seconds=1e-7)) is Way.SEGMENTS
+    assert cheapest(demand(4, 2), SHAPE, costs._replace(call_seconds=1e-3)) is Way.ROWS
+    assert cheapest(demand(2, 32, rank=64), SHAPE._replace(features=30000), costs) is Way.SEGMENTS
 
 
 @given(
@@ -344,13 +321,14 @@ def test_choice_follows_what_is_cheap():
 )
 def test_more_of_anything_never_costs_less(adapters, way, features):
     counts, ranks = zip(*adapters, strict=True)
-    own = Demand(counts, ranks, sum(ranks), 1)
-    more = Demand((*counts, 2), (*ranks, 8), sum(ranks) + 8, 1)
-    assert 0 < seconds(way, own, features, Costs()) <= seconds(way, more, features, Costs())
+    own = Demand(counts, ranks, 1)
+    more = Demand((*counts, 2), (*ranks, 8), 1)
+    shape = SHAPE._replace(features=features)
+    assert 0 < seconds(way, own, shape, Costs()) <= seconds(way, more, shape, Costs())
 
 
 def test_costs_can_be_measured():
-    costs = measure_costs(CPU, torch.float32)
+    costs = measure_costs(torch.float32)
     assert all(0 <= cost < 1e-2 for cost in costs)
     assert costs.call_seconds > 0
 
@@ -358,48 +336,3 @@ def test_costs_can_be_measured():
 def test_runs_are_of_tokens_that_follow_each_other():
     spans = [(1, 2), (1, 3), (None, 1), (2, 1), (None, 2), (2, 4)]
     assert merge_runs(spans, start=10) == [(1, 10, 15), (2, 16, 17), (2, 19, 23)]
-
-
-class Lanes(RuleBasedStateMachine):
-    """A bank that holds what it was told to put in each lane."""
-
-    def __init__(self):
-        super().__init__()
-        self.book = LaneBook()
-        self.version = dict.fromkeys(range(8), 0)
-        self.bank = {}
-
-    @rule(active=st.sets(st.integers(0, 7), min_size=1))
-    def assign(self, active):
-        reach = self.book.reach(active)
-        held = {slot: self.book.lanes[slot] for slot in active if slot in self.book.lanes}
-        for slot in self.book.assign(active):
-            if slot in held:
-                assert self.book.lanes[slot] < held.pop(slot), "a slot moves down or stays"
-            self.bank[self.book.lanes[slot]] = (slot, self.version[slot])
-        lanes = [self.book.lanes[slot] for slot in active]
-        assert len(set(lanes)) == len(active)
-        assert max(lanes) < reach
-        assert all(self.book.lanes[slot] == lane for slot, lane in held.items())
-        assert all(self.bank[self.book.lanes[slot]] == (slot, self.version[slot]) for slot in active)
-
-    @rule(active=st.sets(st.integers(0, 7), min_size=1))
-    def go_on(self, active):
-        """Steps with the same adapters leave no gap between their lanes."""
-        for _ in range(9):
-            self.assign(active)
-        assert {self.book.lanes[slot] for slot in active} == set(range(len(active)))
-
-    @rule(slot=st.integers(0, 7))
-    def replace(self, slot):
-        self.version[slot] += 1
-        self.book.forget(slot)
-
-    @invariant()
-    def what_is_in_the_book_is_in_the_bank(self):
-        for slot, lane in self.book.lanes.items():
-            assert self.bank[lane] == (slot, self.version[slot])
-
-
-TestLanes = Lanes.TestCase
-TestLanes.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,57 +1,51 @@
-"""The adapters of one projection, by slot, in the forms that the ways of LoRA need. For CPUs."""
+"""The adapters of one projection, by slot, in tables that both ways of LoRA read. For CPUs."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 
 from worker.engine.adapter import LoRAPair
-from worker.engine.lora_ops import (
-    Packed,
-    Part,
-    Stack,
-    add_lora_lanes,
-    add_lora_packed,
-    add_lora_segments,
-    pack_stacks,
-    stack_pairs,
-)
-from worker.engine.lora_plan import MOST_LANES
-from worker.engine.lora_step import LoRAStep
+from worker.engine.lora_ops import Part, Stack, add_lora_segments, weighted_sums
+from worker.engine.lora_step import LoRAStep, Pattern, TokenEntries
 from worker.engine.pages import zero_pages
 
 
 class LoRABank:
-    """Adapters as they are by slot; side by side for the slots of the last steps; in lanes by rank."""
+    """A table for each rank, made when the first adapter of that rank comes."""
 
-    def __init__(self, in_features: int, sizes: Sequence[int]) -> None:
+    def __init__(self, in_features: int, sizes: Sequence[int], max_loras: int) -> None:
         """`sizes` are the outs of the projection's modules."""
         self._in = in_features
         self._sizes = tuple(sizes)
+        self._max_loras = max_loras
+        self._tables: dict[int, _RankTable] = {}
+        self._entries: dict[int, tuple[int, int]] = {}
+        """By slot, the rank of its table and its entry there."""
         self._stacks: dict[int, Stack] = {}
-        self._packed: Packed | None = None
-        self._packed_slots: tuple[int, ...] | None = None
-        self._lanes: dict[int, _LaneBank] = {}
+        """By slot, as views of the tables."""
 
-    def put(self, slot: int, pairs: Sequence[LoRAPair | None]) -> None:
-        """Replace what `slot` holds: a pair for each of the projection's modules, None for nothing."""
-        self.clear(slot)
-        if any(pair is not None for pair in pairs):
-            self._stacks[slot] = stack_pairs(pairs, self._sizes)
-            self._packed_slots = None
+    def put(self, slot: int, rank: int, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
+        """Let a slot that was cleared hold `pairs`, one for each module, None for nothing.
+
+        They go to `entry` of the table for `rank`, replacing what was there.
+        """
+        modules = {module for module, pair in enumerate(pairs) if pair is not None}
+        table = self._tables.get(rank)
+        if modules and (table is None or not modules <= table.modules):
+            dtype = next(pair.a.dtype for pair in pairs if pair is not None)
+            table = self._tables[rank] = self._widen(rank, modules, table, dtype)
+        if table is not None:
+            table.write(entry, pairs)
+        if table is not None and modules:
+            self._entries[slot] = rank, entry
+            self._stacks[slot] = table.stack(entry)
 
     def clear(self, slot: int) -> None:
-        if self._stacks.pop(slot, None) is not None:
-            self._packed_slots = None
-
-    def fill_lane(self, rank: int, lane: int, slot: int) -> None:
-        """Copy the adapter in `slot`, of at most `rank` on each module, to a lane of the bank for `rank`."""
-        bank = self._lanes.get(rank)
-        stack = self._stacks.get(slot)
-        if bank is None:
-            if stack is None:
-                return
-            bank = self._lanes[rank] = _LaneBank(rank, self._in, self._sizes, stack.a.dtype)
-        bank.fill(lane, stack)
+        self._entries.pop(slot, None)
+        self._stacks.pop(slot, None)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, step: LoRAStep) -> None:
         """Add to y [T, out] in place what the step's tokens are due for x [T, in]."""
@@ -67,73 +61,127 @@ class LoRABank:
 
     def _add(self, x: torch.Tensor, y: torch.Tensor, step: LoRAStep) -> None:
         add_lora_segments(x, y, step.segments, self._stacks)
-        if step.packed is None:
-            self._packed, self._packed_slots = None, None
-        else:
-            packed = self._pack(step.packed.slots)
-            if packed is not None:
-                tokens = step.packed.tokens
-                foreign = step.packed.foreign(packed.slots)
-                add_lora_packed(x[tokens], y[tokens], packed.stack, foreign)
-        for rank, lanes in step.lanes.items():
-            bank = self._lanes.get(rank)
-            if bank is not None:
-                add_lora_lanes(x, y, bank.first(lanes.lanes), lanes)
+        for rank, entries in step.rows.items():
+            table = self._tables.get(rank)
+            if table is not None:
+                table.add(x, y, entries)
 
-    def _pack(self, slots: tuple[int, ...]) -> Packed | None:
-        """Those of `slots` that hold something, side by side; kept until they change."""
-        if slots != self._packed_slots:
-            own = {slot: self._stacks[slot] for slot in slots if slot in self._stacks}
-            self._packed = pack_stacks(own) if own else None
-            self._packed_slots = slots
-        return self._packed
+    def _widen(
+        self, rank: int, modules: Iterable[int], table: "_RankTable | None", dtype: torch.dtype
+    ) -> "_RankTable":
+        """A table for `modules` beside those of `table`, with what it holds."""
+        known = table.modules if table is not None else frozenset()
+        wide = _RankTable(rank, self._in, self._sizes, known.union(modules), self._max_loras, dtype)
+        for slot, (own, entry) in self._entries.items():
+            if table is not None and own == rank:
+                wide.write(entry, table.read(entry))
+                self._stacks[slot] = wide.stack(entry)
+        return wide
 
 
-class _LaneBank:
-    """Adapters of at most `rank` on each module, padded to it with zeros; a lane for each.
+class _RankTable:
+    """Adapters of at most `rank` on each of some modules of a projection, padded with zeros to it.
 
-    A lane takes memory from when it is first filled.
+    An entry takes memory from when it is first written. A weighted sum reads whole rows: those of a's
+    transpose, weighted by x, and those of b's, weighted by what came of it. Modules have different outs, so
+    b's rows are cut into pieces that are equally wide in all of them.
     """
 
-    def __init__(self, rank: int, in_features: int, sizes: Sequence[int], dtype: torch.dtype) -> None:
-        self._rank = rank
+    def __init__(  # noqa: PLR0917
+        self,
+        rank: int,
+        in_features: int,
+        sizes: Sequence[int],
+        modules: Iterable[int],
+        max_entries: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """`modules` are numbers of those of `sizes` for which there is room."""
+        columns = [0, *itertools.accumulate(sizes)]
+        self.modules = frozenset(modules)
+        self._order = sorted(self.modules)
+        own = tuple(sizes[module] for module in self._order)
         self._sizes = sizes
-        self._columns = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-        self._a = zero_pages((MOST_LANES, len(sizes) * rank, in_features), dtype)
-        self._b = [zero_pages((MOST_LANES, rank, size), dtype) for size in sizes]
-        self._used: set[int] = set()
-        """Modules that some adapter uses."""
-        self._first: dict[int, Stack] = {}
+        self._rank = rank
+        self._columns = [slice(columns[module], columns[module + 1]) for module in self._order]
+        self._width = math.gcd(*own)
+        self._a = zero_pages((max_entries, in_features, len(own) * rank), dtype)
+        self._b = zero_pages((max_entries, sum(own) * rank), dtype)
+        self._written: set[int] = set()
+        self._shrink = _every_row(in_features)
+        self._expand, self._weights = _pieces(rank, own, self._width)
 
-    def first(self, lanes: int) -> Stack:
-        """The first `lanes` lanes, for `add_lora_lanes`; views, made once."""
-        stack = self._first.get(lanes)
-        if stack is None:
-            rank = self._rank
-            parts = [
-                Part(
-                    slice(module * rank, (module + 1) * rank),
-                    slice(self._columns[module], self._columns[module + 1]),
-                    self._b[module][:lanes],
-                )
-                for module in sorted(self._used)
-            ]
-            stack = self._first[lanes] = Stack(self._a[:lanes].mT, tuple(parts))
-        return stack
+    def write(self, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
+        """Replace the entry by `pairs`, one for each of the projection's modules."""
+        if entry in self._written:
+            self._a[entry].zero_()
+            self._b[entry].zero_()
+        if not any(pair is not None for pair in pairs):
+            return
+        self._written.add(entry)
+        stack = self.stack(entry)
+        for module, part in zip(self._order, stack.parts, strict=True):
+            pair = pairs[module]
+            if pair is not None:
+                stack.a[:, part.ranks][:, : pair.rank] = pair.a.T
+                part.b[: pair.rank] = pair.b.T
 
-    def fill(self, lane: int, stack: Stack | None) -> None:
-        """Put `stack` there, or nothing."""
-        parts = () if stack is None else stack.parts
-        if len(parts) < len(self._sizes) or any(len(part.b.T) < self._rank for part in parts):
-            self._a[lane].zero_()
-            for b in self._b:
-                b[lane].zero_()
-        for part in parts:
-            assert stack is not None
-            module, rank = self._columns.index(part.columns.start), len(part.b.T)
-            first = module * self._rank
-            self._a[lane, first : first + rank] = stack.a[part.ranks]
-            self._b[module][lane, :rank] = part.b.T
-            if module not in self._used:
-                self._used.add(module)
-                self._first.clear()
+    def read(self, entry: int) -> list[LoRAPair | None]:
+        """What `write` was given, padded; views."""
+        pairs: list[LoRAPair | None] = [None] * len(self._sizes)
+        stack = self.stack(entry)
+        for module, part in zip(self._order, stack.parts, strict=True):
+            pairs[module] = LoRAPair(stack.a[:, part.ranks].T, part.b.T)
+        return pairs
+
+    def stack(self, entry: int) -> Stack:
+        """The entry as matrices; views."""
+        parts = []
+        first = 0
+        for number, columns in enumerate(self._columns):
+            size = columns.stop - columns.start
+            b = self._b[entry, first * self._rank : (first + size) * self._rank].view(self._rank, size)
+            parts.append(Part(slice(number * self._rank, (number + 1) * self._rank), columns, b))
+            first += size
+        return Stack(self._a[entry], tuple(parts))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, entries: TokenEntries) -> None:
+        """Add to y in place what the tokens of `entries` are due."""
+        own = x[entries.tokens]
+        h = weighted_sums(self._a.flatten(0, 1), entries.chosen(self._shrink), own)
+        weights = h if self._weights is None else h.index_select(1, self._weights)
+        rows = self._b.view(-1, self._width)
+        delta = weighted_sums(rows, entries.chosen(self._expand), weights.view(-1, self._rank))
+        delta = delta.view(len(own), -1)
+        if delta.shape[1] == y.shape[1]:
+            y[entries.tokens] += delta
+            return
+        first = 0
+        for columns in self._columns:
+            stop = first + columns.stop - columns.start
+            y[entries.tokens, columns] += delta[:, first:stop]
+            first = stop
+
+
+@cache
+def _every_row(rows: int) -> Pattern:
+    """One sum over all rows of a's transpose."""
+    return Pattern(torch.arange(rows, dtype=torch.int32)[None], rows)
+
+
+@cache
+def _pieces(rank: int, sizes: tuple[int, ...], width: int) -> tuple[Pattern, torch.Tensor | None]:
+    """A sum over the ranks for each piece of each module, and which columns of h weight them; None for all.
+
+    A module's b lies as [rank, pieces, width].
+    """
+    chosen, weights = list[list[int]](), list[int]()
+    first = 0
+    for number, size in enumerate(sizes):
+        pieces = size // width
+        for piece in range(pieces):
+            chosen.append([first + row * pieces + piece for row in range(rank)])
+            weights += range(number * rank, (number + 1) * rank)
+        first += rank * pieces
+    every = weights == list(range(len(sizes) * rank))
+    return Pattern(torch.tensor(chosen, dtype=torch.int32), first), None if every else torch.tensor(weights)

@@ -4,56 +4,40 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from worker.engine.lora_ops import Lanes, foreign_ranks
-from worker.engine.lora_plan import Run, lane_places
+from worker.engine.lora_plan import Run
 
 
-class PackedTokens:
-    """The tokens that go through all of `slots` side by side."""
+class Pattern:
+    """Which rows of an adapter the sums of one token read: [sums, rows of each] int32, from 0."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
-        """`runs` follow each other without a gap."""
-        self.slots = tuple(sorted({slot for slot, _, _ in runs}))
+    def __init__(self, chosen: torch.Tensor, rows_each: int) -> None:
+        """An adapter has `rows_each` rows in all."""
+        self.chosen = chosen
+        self.rows_each = rows_each
+
+
+class TokenEntries:
+    """Tokens that follow each other, with the entry of a table that each one's adapter has."""
+
+    def __init__(self, runs: Sequence[Run], entries: Mapping[int, int] | Sequence[int]) -> None:
+        """`runs` follow each other without a gap; `entries` by slot."""
         self.tokens = slice(runs[0][1], runs[-1][2])
-        own = [slot for slot, start, stop in runs for _ in range(start, stop)]
-        self._token_slots = torch.tensor(own, device=device)
-        self._foreign: dict[tuple[int, ...], torch.Tensor] = {}
+        own = [entries[slot] for slot, start, stop in runs for _ in range(start, stop)]
+        self._entries = torch.tensor(own, dtype=torch.int32)
+        self._chosen: dict[Pattern, torch.Tensor] = {}
 
-    def foreign(self, slots: tuple[int, ...]) -> torch.Tensor:
-        """See `foreign_ranks`; projections with the same ranks share it."""
-        mask = self._foreign.get(slots)
-        if mask is None:
-            mask = self._foreign[slots] = foreign_ranks(self._token_slots, slots)
-        return mask
+    def chosen(self, pattern: Pattern) -> torch.Tensor:
+        """[tokens * sums, rows of each] int32, which rows of the whole table each sum reads."""
+        chosen = self._chosen.get(pattern)
+        if chosen is None:
+            first = (self._entries * pattern.rows_each)[:, None, None]
+            chosen = self._chosen[pattern] = (first + pattern.chosen).flatten(0, 1)
+        return chosen
 
 
 class LoRAStep:
-    """Which tokens go which way: `segments`, then `packed`, then `lanes` by the rank of their bank."""
+    """Which tokens go which way: `segments`, then `rows` by the rank of their table."""
 
-    def __init__(
-        self,
-        segments: Sequence[Run] = (),
-        packed: PackedTokens | None = None,
-        lanes: Mapping[int, Lanes] | None = None,
-    ) -> None:
+    def __init__(self, segments: Sequence[Run], rows: Mapping[int, TokenEntries] | None = None) -> None:
         self.segments = segments
-        self.packed = packed
-        self.lanes = lanes or {}
-
-
-def stand_in_lanes(runs: Sequence[Run], lanes: Mapping[int, int], device: torch.device) -> Lanes:
-    """Places for the tokens of `runs`, which follow each other without a gap; `lanes` by slot."""
-    count = max(lanes[slot] for slot, _, _ in runs) + 1
-    depth = max(stop - start for _, start, stop in runs)
-    first = runs[0][1]
-    places = lane_places(runs, lanes, depth)
-    source = [first] * (count * depth)
-    for token, place in enumerate(places, first):
-        source[place] = token
-    return Lanes(
-        count,
-        depth,
-        slice(first, runs[-1][2]),
-        torch.tensor(source, device=device),
-        torch.tensor(places, device=device),
-    )
+        self.rows = rows or {}

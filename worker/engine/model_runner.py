@@ -228,9 +228,8 @@ class ModelRunner:
 
     def _discover(self, probe: "_Probe") -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
-        executor = HostExecutor(
-            self._model, self._attention, [], LoRALayers({}), self._base.device, block_size=1
-        )
+        lora = LoRALayers({}, max_loras=0)
+        executor = HostExecutor(self._model, self._attention, [], lora, self._base.device, block_size=1)
         found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
         layers = self._base.model.config.get_text_config().num_hidden_layers
         if sorted(self._attention.shapes) != list(range(layers)):
@@ -256,7 +255,7 @@ class ModelRunner:
         blocks, size = self.cache_shape
         device = self._base.device
         if not self._kernels:
-            lora = LoRALayers(projections, costs or Costs(), device)
+            lora = LoRALayers(projections, self._limits.max_loras, costs or Costs())
             return HostExecutor(*parts, lora, device, block_size=size)
         # Not before they are wanted: a machine without a GPU need not have Triton.
         from worker.engine.graphs import CudaCapture  # noqa: PLC0415
