@@ -88,6 +88,17 @@ def test_untouched_adapter_is_taken_whole(folder, targets):
 # Tensors
 
 
+def test_weights_do_not_change_with_the_file(folder, targets):
+    weights = load(folder, targets)
+    before = {name: [tensor.clone() for tensor in pair] for name, pair in weights.pairs.items()}
+    path = folder / WEIGHTS_FILE
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    for name, pair in weights.pairs.items():
+        assert all(map(torch.equal, pair, before[name]))
+
+
 def test_extra_tensor_is_refused_by_name(folder, targets):
     tensors = load_file(folder / WEIGHTS_FILE)
     tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 64)

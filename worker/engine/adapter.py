@@ -159,7 +159,8 @@ def _pair(  # noqa: PLR0917
     b = _take(tensors, name, "B", (target.out_features, rank))
     alpha = _from_pattern(config.alpha_pattern, name, config.lora_alpha)
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-    pair = LoRAPair(a.to(dtype).contiguous(), (b.float() * scaling).to(dtype).contiguous())
+    # Copies: what was read is a mapping of the file, and would change with it.
+    pair = LoRAPair(a.to(dtype, copy=True).contiguous(), (b.float() * scaling).to(dtype).contiguous())
     if not all(torch.isfinite(tensor).all() for tensor in pair):
         raise AdapterInvalid(f"module {name} has weights that are not finite in {dtype}")
     return pair

@@ -14,10 +14,11 @@ from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel, free_memory
 from worker.engine.discovery import Discovery, discover
 from worker.engine.executor import Executor, HostExecutor, PackedRow
-from worker.engine.kv_cache import BlockCopy
+from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
+from worker.engine.pages import give_back_freed
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare, prompt_log_probs
 from worker.engine.scheduler import Batch, ScheduledRow
@@ -110,6 +111,7 @@ class ModelRunner:
             self.targets: dict[str, Target] = found.targets
             """Modules that adapters may name."""
             projections = self._project(found)
+            give_back_freed()
             self.cache_shape = cache_shape or self._choose_cache_shape(limits.max_num_seqs, memory_share)
             self._attention.allocate(
                 self.cache_shape.num_blocks + self._kernels, self.cache_shape.block_size, base.device
@@ -135,9 +137,11 @@ class ModelRunner:
             return False
 
     @torch.inference_mode()
-    def scrub(self, blocks: list[int], num_tokens: int, start: int = 0) -> None:
-        """Forget the tokens of `blocks` from `start` up to `num_tokens`: they may not be finite."""
-        self._attention.scrub(blocks, num_tokens, start)
+    def scrub(self, leftovers: Iterable[Leftover]) -> None:
+        """Zero what earlier rows have left in blocks. The kernels never read it: with them it may stay."""
+        if not self._kernels:
+            for block, start, stop in leftovers:
+                self._attention.scrub([block], stop, start)
 
     @torch.inference_mode()
     def copy_prefixes(self, copies: Iterable[BlockCopy]) -> None:

@@ -1,5 +1,6 @@
-"""Large tensors of which perhaps only a part is ever used."""
+"""Memory of the host that is taken late, and given back early."""
 
+import ctypes
 import math
 import mmap
 
@@ -19,3 +20,10 @@ def zero_pages(
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def give_back_freed() -> None:
+    """Let the system have what this process has freed; glibc would keep it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
