@@ -12,7 +12,7 @@ from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_bank import LoRABank
 from worker.engine.lora_layers import LoRALayers, measure_costs
-from worker.engine.lora_ops import add_lora_reference, weighted_sums
+from worker.engine.lora_ops import add_lora_reference, choose_rows, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Shape, Way, cheapest, merge_runs, seconds
 from worker.engine.lora_step import LoRAStep, TokenEntries
 from worker.engine.projections import Projection
@@ -38,7 +38,7 @@ def test_weighted_sums_are_products_by_a_matrix_of_their_own(data):
     rows = torch.randn(matrices, height, width, generator=generator).to(dtype)
     x = torch.randn(len(own), height, generator=generator).to(dtype)
     chosen = torch.tensor(own, dtype=torch.int32)[:, None] * height + torch.arange(height, dtype=torch.int32)
-    got = weighted_sums(rows.view(-1, width), chosen, x)
+    got = weighted_sums(rows.view(-1, width), choose_rows(chosen), x.view(-1))
     assert_close(
         got, torch.stack([one.float() @ rows[index].float() for one, index in zip(x, own, strict=True)])
     )

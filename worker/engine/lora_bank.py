@@ -103,13 +103,17 @@ class _RankTable:
         own = tuple(sizes[module] for module in self._order)
         self._sizes = sizes
         self._rank = rank
-        self._columns = [slice(columns[module], columns[module + 1]) for module in self._order]
-        self._width = math.gcd(*own)
+        self._columns = _slices([columns[module] for module in self._order], own)
+        self._own_columns = _slices([0, *itertools.accumulate(own)], own)
+        self._takes_all = own == tuple(sizes)
+        width = math.gcd(*own)
         self._a = zero_pages((max_entries, in_features, len(own) * rank), dtype)
         self._b = zero_pages((max_entries, sum(own) * rank), dtype)
+        self._a_rows = self._a.view(-1, len(own) * rank)
+        self._b_rows = self._b.view(-1, width)
         self._written: set[int] = set()
         self._shrink = _every_row(in_features)
-        self._expand, self._weights = _pieces(rank, own, self._width)
+        self._expand, self._weights = _pieces(rank, own, width)
 
     def write(self, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
         """Replace the entry by `pairs`, one for each of the projection's modules."""
@@ -136,31 +140,28 @@ class _RankTable:
 
     def stack(self, entry: int) -> Stack:
         """The entry as matrices; views."""
-        parts = []
-        first = 0
-        for number, columns in enumerate(self._columns):
-            size = columns.stop - columns.start
-            b = self._b[entry, first * self._rank : (first + size) * self._rank].view(self._rank, size)
-            parts.append(Part(slice(number * self._rank, (number + 1) * self._rank), columns, b))
-            first += size
+        rank, parts = self._rank, []
+        for number, (columns, own) in enumerate(zip(self._columns, self._own_columns, strict=True)):
+            b = self._b[entry, own.start * rank : own.stop * rank].view(rank, -1)
+            parts.append(Part(slice(number * rank, (number + 1) * rank), columns, b))
         return Stack(self._a[entry], tuple(parts))
 
     def add(self, x: torch.Tensor, y: torch.Tensor, entries: TokenEntries) -> None:
         """Add to y in place what the tokens of `entries` are due."""
-        own = x[entries.tokens]
-        h = weighted_sums(self._a.flatten(0, 1), entries.chosen(self._shrink), own)
+        x, y = x[entries.tokens], y[entries.tokens]
+        h = weighted_sums(self._a_rows, entries.chosen(self._shrink), x.reshape(-1))
         weights = h if self._weights is None else h.index_select(1, self._weights)
-        rows = self._b.view(-1, self._width)
-        delta = weighted_sums(rows, entries.chosen(self._expand), weights.view(-1, self._rank))
-        delta = delta.view(len(own), -1)
-        if delta.shape[1] == y.shape[1]:
-            y[entries.tokens] += delta
-            return
-        first = 0
-        for columns in self._columns:
-            stop = first + columns.stop - columns.start
-            y[entries.tokens, columns] += delta[:, first:stop]
-            first = stop
+        sums = weighted_sums(self._b_rows, entries.chosen(self._expand), weights.view(-1))
+        delta = sums.view(len(x), -1)
+        if self._takes_all:
+            y.add_(delta)
+        else:
+            for columns, own in zip(self._columns, self._own_columns, strict=True):
+                y[:, columns].add_(delta[:, own])
+
+
+def _slices(starts: Sequence[int], sizes: Sequence[int]) -> list[slice]:
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
 @cache

@@ -117,7 +117,8 @@ def measure_costs(dtype: torch.dtype) -> Costs:
     call = _seconds(lambda: y[:1, :1].addmm_(x[:1, :1], x[1:2, 1:2]))
     read = _seconds(lambda: [x[:1] @ a for a in adapters]) - len(adapters) * call
     dense = _seconds(lambda: x @ adapters[0]) - call
-    sums = _seconds(lambda: [weighted_sums(table, entries.chosen(pattern), x) for table in tables])
+    chosen = entries.chosen(pattern)
+    sums = _seconds(lambda: [weighted_sums(table, chosen, x.view(-1)) for table in tables])
     return Costs(
         call_seconds=call,
         read_seconds=max(0.0, read) / weights,

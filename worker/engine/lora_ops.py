@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import embedding_bag
 
 from worker.engine.adapter import LoRAPair
 from worker.engine.lora_plan import Run
@@ -55,11 +54,34 @@ def add_lora_segments(
                 y[start:stop, part.columns].addmm_(h[:, part.ranks], part.b)
 
 
-def weighted_sums(rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`sum over i of weights[s, i] * rows[chosen[s, i]]` for each s: [S, width].
+class Chosen(NamedTuple):
+    """Rows of a tensor for sums that take equally many: `I` for each of `S`."""
 
-    `rows` is [N, width], `chosen` int32 and `weights` are [S, I]. With an adapter's matrix in `rows` this is
-    a product of a vector by it, and every s may have a matrix of its own: all of them in one call, each
-    weight read where it lies. A sum depends on nothing but its own rows.
+    rows: torch.Tensor
+    """[S * I] int32"""
+    starts: torch.Tensor
+    """[S] int32, where each sum's rows begin: multiples of I."""
+
+
+def choose_rows(rows: torch.Tensor) -> Chosen:
+    """`rows` is [S, I]."""
+    starts = torch.arange(0, rows.numel(), rows.shape[1], dtype=rows.dtype)
+    return Chosen(rows.flatten(), starts)
+
+
+def weighted_sums(table: torch.Tensor, chosen: Chosen, weights: torch.Tensor) -> torch.Tensor:
+    """`sum over i of weights[s * I + i] * table[rows[s * I + i]]` for each s: [S, width].
+
+    `table` is [N, width], `weights` [S * I] of its type. With an adapter's matrix in `table` this is a
+    product of a vector by it, and every s may have a matrix of its own: all of them in one call, each weight
+    read where it lies. A sum depends on nothing but its own rows.
     """
-    return embedding_bag(chosen, rows, mode="sum", per_sample_weights=weights)
+    # What torch.nn.functional.embedding_bag calls, without what that looks at anew every time.
+    sums: torch.Tensor = torch.embedding_bag(
+        table, chosen.rows, chosen.starts, False, _SUM, False, weights, False
+    )[0]
+    return sums
+
+
+_SUM = 0
+"""The mode of an embedding bag."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from worker.engine.lora_ops import Chosen, choose_rows
 from worker.engine.lora_plan import Run
 
 
@@ -24,14 +25,14 @@ class TokenEntries:
         self.tokens = slice(runs[0][1], runs[-1][2])
         own = [entries[slot] for slot, start, stop in runs for _ in range(start, stop)]
         self._entries = torch.tensor(own, dtype=torch.int32)
-        self._chosen: dict[Pattern, torch.Tensor] = {}
+        self._chosen: dict[Pattern, Chosen] = {}
 
-    def chosen(self, pattern: Pattern) -> torch.Tensor:
-        """[tokens * sums, rows of each] int32, which rows of the whole table each sum reads."""
+    def chosen(self, pattern: Pattern) -> Chosen:
+        """Rows of the whole table, for each token's sums."""
         chosen = self._chosen.get(pattern)
         if chosen is None:
             first = (self._entries * pattern.rows_each)[:, None, None]
-            chosen = self._chosen[pattern] = (first + pattern.chosen).flatten(0, 1)
+            chosen = self._chosen[pattern] = choose_rows((first + pattern.chosen).flatten(0, 1))
         return chosen
 
 
