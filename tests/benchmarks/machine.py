@@ -7,28 +7,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}
-
 
 def describe() -> dict[str, Any]:
+    import torch  # not with the module: a side times its imports
+
+    from worker.engine.products import has_bfloat16
+
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     return {
         "processor": processor(text) or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "native_bf16": has_bf16(text),
+        "native_bf16": has_bfloat16(torch.device("cpu")),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 
 def processor(cpuinfo: str) -> str | None:
     return next(iter(_values(cpuinfo, "model name")), None)
-
-
-def has_bf16(cpuinfo: str) -> bool:
-    """Whether the processor multiplies bfloat16 itself, by the flags that Linux lists."""
-    flags = _values(cpuinfo, "flags") + _values(cpuinfo, "Features")
-    return any(_BF16_FLAGS & set(line.split()) for line in flags)
 
 
 def peak_mib() -> float:

@@ -12,6 +12,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from worker.engine.sampler import choose, collect, prepare
 from worker.engine.sequence import Sequence
 from worker.jobs import InferenceRequest, SamplingParams
 
@@ -28,6 +29,11 @@ def row(name="row", *, prompt=(1, 2, 3), generated=(), **params):
 
 def logits_of(seed, rows=1, spread=2.0, vocab=VOCAB):
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def sample(logits, sequences):
+    """Choose a token for each row of `logits` [rows, vocabulary], as a step does, and wait for it."""
+    return collect(choose(logits, prepare(sequences, logits.shape[1], logits.device)))
 
 
 def warped(scores, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):

@@ -10,10 +10,11 @@ from peft import PeftModel
 
 from tests import tiny
 from tests.engine.harness import Harness
+from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.model_runner import CacheShape, Outcome
 from worker.engine.sampler import Sample
 from worker.errors import InvalidParameters, PromptTooLong
-from worker.jobs import FinishReason, InferenceRequest, SamplingParams
+from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams
 
 PROMPT = (72, 101, 108, 108, 111)
 PROMPTS = [PROMPT, (1,), (200, 7, 9), tuple(range(40, 60)), (33, 33, 33, 33), (120, 5)]
@@ -220,6 +221,52 @@ def test_log_probs_are_there_only_when_asked_for(harness):
     assert done["with"].token_ids == done["without"].token_ids
 
 
+@pytest.fixture
+def watch(monkeypatch):
+    """A list that gets, for each step of a harness from now on, how many logits it kept beside one a row."""
+
+    def put(harness):
+        seen = []
+        executor = harness.runner._executor
+        run = executor.run
+
+        def run_and_note(rows, *latest):
+            logits = run(rows, *latest)
+            seen.append(len(logits) - len(rows))
+            return logits
+
+        monkeypatch.setattr(executor, "run", run_and_note)
+        return seen
+
+    return put
+
+
+@pytest.mark.parametrize("limit", [1, 7, 256])
+def test_prompt_log_probs_are_the_same_however_few_a_step_computes(limit, harness, watch, adapters):
+    keys = [None, *map(harness.adapter, adapters[:2])]
+    rows = [request(f"{n}", range(n, n + 60), key, prompt_log_probs=True) for n, key in enumerate(keys)]
+    rows += [request(f"plain{n}", PROMPTS[3], key) for n, key in enumerate(keys)]
+    expected = harness.run(rows)
+    assert len({own.prompt_log_probs for own in expected.values()}) == 4
+    kept = watch(harness)
+    harness.engine._scheduler.max_scored_tokens = limit
+    got = harness.run(rows)
+    harness.engine._scheduler.max_scored_tokens = 256
+    assert max(kept) <= limit
+    for name, own in expected.items():
+        assert got[name].token_ids == own.token_ids
+        assert got[name].prompt_log_probs == pytest.approx(own.prompt_log_probs, abs=1e-4)
+
+
+def test_large_step_keeps_the_logits_of_few_prompt_tokens(llama, watch):
+    harness = Harness(llama, max_num_seqs=6, max_num_batched_tokens=2048)
+    rows = [request(f"row{n}", range(n, n + 150), prompt_log_probs=True) for n in range(6)]
+    kept = watch(harness)
+    done = harness.run(rows)
+    assert 240 < max(kept) <= 256
+    assert all(len(own.prompt_log_probs) == 150 for own in done.values())
+
+
 # Company
 
 
@@ -293,6 +340,36 @@ def test_base_rows_among_adapters_say_what_the_base_alone_says(harness, llama, a
     for row, tokens in enumerate(expected):
         assert list(mixed[f"base{row}"].token_ids) == tokens
         assert mixed[f"other{row}"].token_ids != mixed[f"base{row}"].token_ids
+
+
+def loud(harness, llama):
+    """An adapter whose keys are as large as numbers get, and whose queries are so small that it works."""
+    projections = dict(tiny.load_base(llama).named_modules())
+    pairs = {}
+    for name, target in harness.runner.targets.items():
+        if name.endswith("q_proj"):
+            pairs[name] = LoRAPair(torch.eye(target.in_features), -projections[name].weight.detach())
+        elif name.endswith("k_proj"):
+            ones = torch.ones(1, target.in_features)
+            pairs[name] = LoRAPair(ones, torch.full((target.out_features, 1), 5e36))
+    key = AdapterKey("loud", "1")
+    assert harness.store.reserve(key)
+    harness.store._loader = lambda _key, _folder: LoRAWeights(key, pairs)
+    harness.store.load(key, None)
+    return key
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("shape", [CacheShape(3, 160), CacheShape(6, 64)], ids=["own", "shared"])
+def test_what_a_row_leaves_in_the_cache_does_no_harm_to_rows_after_it(shape, reuse, llama):
+    """Even finite keys, if they are large: a score that overflows is not finite behind a mask either."""
+    harness = Harness(llama, max_num_seqs=3, cache_shape=shape, prefix_reuse=reuse)
+    rows = [request(f"row{number}", PROMPTS[number], max_new_tokens=20 + number) for number in range(3)]
+    expected = harness.run(rows)
+    key = loud(harness, llama)
+    others = harness.run(request(f"loud{n}", range(n, n + 50), key) for n in range(6))
+    assert all(own.failure is None for own in others.values())
+    assert harness.run(rows) == expected
 
 
 # Adapters come and go

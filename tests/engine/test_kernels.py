@@ -1,7 +1,7 @@
 """The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs elsewhere.
 
-What they promise is in `test_kernels_gpu.py`. The interpreter gets a process of its own, as Triton decides
-between it and the compiler when it is imported.
+What they promise is in `test_kernels_gpu.py`, and in `interpreted_executor.py` what the engine makes of them.
+The interpreter gets a process of its own, as Triton decides between it and the compiler when it is imported.
 """
 
 import os
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 def test_kernels_keep_their_promises_in_the_interpreter():
     here = Path(__file__)
-    promises = [str(here.with_name(f"test_kernel{name}.py")) for name in ("s_gpu", "_executor")]
+    promises = [str(here.with_name(name)) for name in ("test_kernels_gpu.py", "interpreted_executor.py")]
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *promises]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -29,6 +29,11 @@ def compute(cache, adapter, tokens):
     return blocks, node.num_tokens if node else 0, copies
 
 
+def give_back(cache, blocks):
+    """As a sequence does that has filled its blocks."""
+    cache.free(blocks, len(blocks) * cache.block_size)
+
+
 # Blocks
 
 
@@ -38,7 +43,7 @@ def test_blocks_are_handed_out_lowest_first_and_taken_back():
     assert cache.grow(first, 3)
     assert cache.grow(second, 1)
     assert (first, second, cache.num_free) == ([0, 1], [2], 1)
-    cache.free(first)
+    give_back(cache, first)
     assert (first, cache.num_free) == ([], 3)
     assert cache.grow(second, 4)
     assert second == [2, 0]
@@ -101,13 +106,13 @@ def test_only_the_same_version_and_the_same_tokens_are_the_same_text(cache):
 def test_nothing_is_known_without_reuse():
     for cache in (SharedBlocks(40, 4, reuse=False), OwnBlocks(4, 40, granule=4, reuse=False)):
         blocks, reused, _ = compute(cache, KEY, TEXT)
-        cache.free(blocks)
+        give_back(cache, blocks)
         assert compute(cache, KEY, TEXT)[1] == reused == 0
 
 
 def test_text_of_a_free_block_is_found_until_its_place_is_needed(cache):
     blocks, _, _ = compute(cache, KEY, TEXT)
-    cache.free(blocks)
+    give_back(cache, blocks)
     assert cache.num_free == cache.num_blocks
     assert compute(cache, KEY, TEXT[:20])[1] == 16
     others = [compute(cache, OTHER, [number, *range(39)])[0] for number in range(3)]
@@ -124,10 +129,10 @@ def test_empty_blocks_go_before_remembered_ones_and_the_least_recently_used_befo
     texts = [[number] * 8 for number in range(3)]
     held = [compute(cache, KEY, text)[0] for text in texts]
     for blocks in held:
-        cache.free(blocks)
+        give_back(cache, blocks)
     again, reused, _ = compute(cache, KEY, texts[0])
     assert reused == 4  # and its end, which was computed anew, is remembered in one place
-    cache.free(again)
+    give_back(cache, again)
     assert cache.grow(again, 8)
     known = [node.num_tokens if (node := cache.match(KEY, text, 8)) else 0 for text in texts]
     assert known == [8, 8, 8], "two blocks were empty"
@@ -145,7 +150,7 @@ def test_shared_blocks_are_held_by_all_who_begin_with_them():
     assert second[:2] == first[:2]
     assert second[2] not in first
     assert (cache.num_shared(first), cache.num_shared(second)) == (2, 2)
-    cache.free(first)
+    give_back(cache, first)
     assert cache.num_shared(second) == 0
     cache.check_integrity([second])
 
@@ -170,8 +175,8 @@ def test_begin_that_does_not_fit_changes_nothing():
     blocks = []
     assert cache.begin(blocks, node, 24) is None
     assert cache.begin(blocks, node, 20) == []
-    cache.free(first)
-    cache.free(blocks)
+    give_back(cache, first)
+    give_back(cache, blocks)
     assert cache.begin(blocks, cache.match(KEY, TEXT, 8), 24) is None
     cache.check_integrity([blocks])
 
@@ -184,9 +189,9 @@ def test_own_block_gets_a_copy_of_what_a_held_one_has():
     # Whoever has a copy can be copied from.
     other = []
     cache.grow(other, 1)
-    cache.free(first)
+    give_back(cache, first)
     cache.grow(first, 1)
-    cache.free(other)
+    give_back(cache, other)
     third, _, copies = compute(cache, KEY, [*TEXT[:13], 1])
     assert copies == [(second[0], third[0], 12)]
     cache.check_integrity([first, second, third])
@@ -196,10 +201,10 @@ def test_own_block_is_taken_over_where_that_loses_nothing_or_nothing_is_empty():
     cache = OwnBlocks(2, 40, granule=4)
     first, _, _ = compute(cache, KEY, TEXT[:9])
     block = first[0]
-    cache.free(first)
+    give_back(cache, first)
     second, reused, copies = compute(cache, KEY, TEXT[:9])
     assert (second, reused, copies) == ([block], 8, [])
-    cache.free(second)
+    give_back(cache, second)
     third, _, copies = compute(cache, KEY, TEXT[:5])
     assert copies == [(block, third[0], 4)], "the rest of the text would be lost"
     fourth, _, copies = compute(cache, KEY, [*TEXT[:4], 0])
@@ -212,13 +217,72 @@ def test_copy_from_a_block_that_is_free_is_made_before_that_block_can_go():
     cache = OwnBlocks(2, 40, granule=4)
     first, _, _ = compute(cache, KEY, TEXT[:13])
     source = first[0]
-    cache.free(first)
+    give_back(cache, first)
     second, _, copies = compute(cache, KEY, TEXT[:5])
     third, _, later = compute(cache, OTHER, TEXT[:5])
     assert copies == [(source, second[0], 4)]
     assert (third, later) == ([source], [])
     assert cache.match(KEY, TEXT, 40).num_tokens == 4
     cache.check_integrity([second, third])
+
+
+# What others have left
+
+
+def test_new_blocks_have_nothing_to_be_zeroed(cache):
+    cache.grow([], 9)
+    assert cache.take_leftovers() == ()
+
+
+def test_places_that_were_written_are_to_be_zeroed_once_somebody_gets_the_block(cache):
+    blocks = []
+    cache.grow(blocks, 10)
+    cache.free(blocks, 7)
+    assert cache.take_leftovers() == ()
+    cache.grow(blocks, 10)
+    shared = isinstance(cache, SharedBlocks)
+    assert cache.take_leftovers() == (((0, 0, 4), (1, 0, 3)) if shared else ((0, 0, 7),))
+    cache.free(blocks, 0)
+    cache.grow(blocks, 10)
+    assert cache.take_leftovers() == (), "they are zeros"
+
+
+def test_block_that_changes_hands_twice_between_two_calls_is_named_once(cache):
+    blocks = []
+    cache.grow(blocks, 3)
+    cache.free(blocks, 2)
+    cache.grow(blocks, 3)
+    cache.free(blocks, 3)
+    cache.grow(blocks, 3)
+    assert cache.take_leftovers() == ((blocks[0], 0, 3),)
+
+
+def test_text_that_is_shared_is_not_to_be_zeroed():
+    cache = SharedBlocks(12, 4)
+    first, _, _ = compute(cache, KEY, TEXT[:16])
+    give_back(cache, first)
+    second, reused, _ = compute(cache, KEY, TEXT[:16])
+    assert reused == 12
+    assert cache.take_leftovers() == ()
+    give_back(cache, second)
+    third = []
+    cache.grow(third, 48)
+    assert {block for block, _, _ in cache.take_leftovers()} == set(range(5)), "all that was ever written"
+
+
+def test_text_that_is_copied_or_taken_over_is_not_to_be_zeroed_and_what_was_behind_it_is():
+    cache = OwnBlocks(2, 40, granule=4)
+    first, _, _ = compute(cache, KEY, TEXT[:13])
+    second, _, _ = compute(cache, OTHER, TEXT[:11])
+    cache.free(second, 11)
+    cache.take_leftovers()
+    second, _, copies = compute(cache, KEY, TEXT[:9])
+    assert copies == [(first[0], second[0], 8)]
+    assert cache.take_leftovers() == ((second[0], 8, 11),)
+    cache.free(first, 13)
+    third, _, copies = compute(cache, KEY, TEXT[:5])
+    assert copies == []
+    assert cache.take_leftovers() == ((third[0], 4, 13),)
 
 
 # Forecast
@@ -252,7 +316,7 @@ def test_rows_that_fit_by_forecast_grow_to_their_end(rows, block_size, num_block
         for remaining, tokens, blocks in running:
             assert cache.grow(blocks, tokens + step - 1), "a row found no room"
             if remaining == step:
-                cache.free(blocks)
+                give_back(cache, blocks)
         running = [row for row in running if row[0] > step]
 
 

@@ -87,6 +87,36 @@ def test_row_that_ends_early_leaves_no_trace(llama, adapters):
     assert not harness.engine.has_work
 
 
+def test_only_tokens_that_rows_got_are_counted(llama):
+    """Not what was under way for rows that had ended, or failed, when it came."""
+    harness = Harness(llama, look_ahead=True)
+    plain = harness.run(requests([None], ignore_eos=True, max_new_tokens=12))
+    assert sum(stats.generated_tokens for stats in harness.stats) == 18 * 12
+    harness.stats.clear()
+    ends = {name: done.token_ids[number % 12] for number, (name, done) in enumerate(sorted(plain.items()))}
+    rows = [
+        InferenceRequest(
+            id=row.id,
+            prompt=row.prompt,
+            params=SamplingParams(max_new_tokens=12, ignore_eos=True, stop_token_ids=(ends[row.id],)),
+        )
+        for row in requests([None])
+    ]
+    calls = []
+
+    def spoil_the_fourth(_module, _args, output):
+        calls.append(1)
+        if len(calls) == 4:
+            output[0, 0] = torch.nan
+
+    handle = harness.base.model.get_input_embeddings().register_forward_hook(spoil_the_fourth)
+    done = harness.run(rows)
+    handle.remove()
+    assert {own.finish_reason for own in done.values()} == {FinishReason.ERROR, FinishReason.STOP_SEQUENCE}
+    got = sum(len(own.token_ids) for own in done.values())
+    assert sum(stats.generated_tokens for stats in harness.stats) == got
+
+
 def test_aborted_row_under_way_is_forgotten(llama):
     harness = Harness(llama, look_ahead=True)
     expected = told(harness.run(requests([None])))

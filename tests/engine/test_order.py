@@ -63,8 +63,8 @@ def simulate(requests, *, bound=256, max_loras=32, cache=None, share=1.0):
         rows += len(batch.rows)
         loads += len(batch.loads)
         adapter_steps += len({row.sequence.request.adapter for row in batch.rows})
-        scheduler.take_given_back()
-        scheduler.update(batch, [(7, None) for row in batch.rows if row.samples], finish)
+        scheduler.advance(batch)
+        scheduler.settle(batch, [(7, None) for row in batch.rows if row.samples], finish)
     return Run(steps, adapter_steps, loads, scheduler.num_preempted, rows / steps)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import tiny
 from tests.engine.harness import Harness
 from worker.engine.model_runner import CacheShape
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
@@ -160,6 +161,33 @@ def test_what_was_never_proven_is_never_reused(harness, hook, plain):
     row = request("row", [*HEAD, 5])
     assert tokens(harness.run([row])) == tokens(plain.run([row]))
     assert work(harness) == (len(HEAD) + 1, 0)
+
+
+@pytest.mark.parametrize("shape", MODES["argvalues"], ids=MODES["ids"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3", "qwen2-window"])
+def test_row_whose_early_tokens_were_not_finite_is_not_proven_by_its_late_ones(architecture, shape, tmp_path):
+    """No window of five tokens reaches so far, but here attention reads it, masked: so the row fails."""
+    base = tiny.make_base(tmp_path / "base", architecture)
+    row = request("row", [POISON, *HEAD, *HEAD])
+    expected = tokens(Harness(base, cache_shape=shape).run([row]))
+    harness = Harness(base, cache_shape=shape)
+    embedding = harness.base.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, args, out: nan_on_poison(args[0][0], out[0]))
+    (bad,) = harness.run([row]).values()
+    assert bad.finish_reason is FinishReason.ERROR
+    handle.remove()
+    work(harness)
+    assert tokens(harness.run([row])) == expected
+    assert work(harness) == (len(row.prompt), 0)
+
+
+def test_text_is_copied_before_its_block_goes_to_somebody_else(llama, plain):
+    """In one step: the second row copies the first one's text, and the third gets the place it was in."""
+    harness = Harness(llama, max_num_seqs=2, max_num_batched_tokens=256)
+    harness.run([request("first", [*HEAD, 1, 2, 3])])
+    rows = [request("second", [*HEAD[:40], 5], max_new_tokens=40), request("third", HEAD[::-1])]
+    assert tokens(harness.run(rows)) == tokens(plain.run(rows))
+    assert work(harness)[1] == 32
 
 
 @pytest.mark.parametrize("trouble", [raise_on_poison, nan_on_poison])

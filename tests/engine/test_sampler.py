@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.sampling import CPU, CUTS, VOCAB, logits_of, row
-from worker.engine.sampler import SamplingPlan, check, choose, collect, fetch, prepare, sample
+from tests.engine.sampling import CPU, CUTS, VOCAB, logits_of, row, sample
+from worker.engine.sampler import SamplingPlan, check, choose, collect, fetch, prepare
 from worker.errors import InvalidParameters
 from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 

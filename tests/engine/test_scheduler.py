@@ -1,6 +1,7 @@
 """The books of the engine: blocks, slots and rows, under any order of events."""
 
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -31,13 +32,19 @@ def at_length(row):
 
 def compute(scheduler, batch, finish=at_length):
     """Record `batch` as if the model had run; returns the sequences that ended."""
-    return scheduler.update(batch, [(7, None) for row in batch.rows if row.samples], finish)
+    scheduler.advance(batch)
+    return scheduler.settle(batch, [(7, None) for row in batch.rows if row.samples], finish)
+
+
+def said(number):
+    """The token of this number in any row's text, where the row generates it."""
+    return 7 + number % 2
 
 
 class Device:
     """What every place of the cache holds: the adapter version and the text up to its token, or NaN.
 
-    A row that is bad from some token on has NaN there.
+    A row that is bad from some token on has NaN there. A place that is not listed holds zeros.
     """
 
     def __init__(self, cache, bad):
@@ -49,21 +56,23 @@ class Device:
         index, offset = divmod(number, self.cache.block_size)
         return blocks[index], offset
 
-    def prepare(self, given_back, copies):
-        for blocks, start, stop in given_back:
-            for number in range(start, stop):
-                self.places.pop(self.place(blocks, number), None)
-        for source, target, num_tokens in copies:
+    def prepare(self, batch):
+        for source, target, num_tokens in batch.copies:
             for offset in range(num_tokens):
                 self.places[target, offset] = self.places[source, offset]
+        for block, start, stop in batch.leftovers:
+            for offset in range(start, stop):
+                self.places.pop((block, offset), None)
 
     def run(self, batch):
         """Returns the rows whose logits are not finite."""
         for row, *_ in batch.rows:
             self.check_row(row)
-        for row, _, num_tokens, _ in batch.rows:
-            for number in range(row.computed, row.computed + num_tokens):
-                text = (row.request.adapter, *row.tokens[: number + 1])
+        for row, start, num_tokens, _ in batch.rows:
+            assert start == row.computed
+            tokens = [*row.tokens, said(len(row.tokens))]  # the last is on the device only, if at all
+            for number in range(start, start + num_tokens):
+                text = (row.request.adapter, *tokens[: number + 1])
                 self.places[self.place(row.blocks, number)] = NAN if self.is_bad(row, number) else text
         return [row.sequence for row in batch.rows if row.samples and self.has_nan(row)]
 
@@ -71,8 +80,7 @@ class Device:
         return number >= self.bad.get(row.request.id, number + 1)
 
     def has_nan(self, row):
-        end = row.sequence.computed + row.num_tokens
-        return NAN in (self.places[self.place(row.sequence.blocks, number)] for number in range(end))
+        return NAN in (self.places[self.place(row.sequence.blocks, number)] for number in range(row.stop))
 
     def check_row(self, row):
         for number in range(len(row.blocks) * self.cache.block_size):
@@ -82,11 +90,24 @@ class Device:
                 text = (row.request.adapter, *row.tokens[: number + 1])
                 assert found == (NAN if bad else text), "a row would attend to another text"
             else:
-                assert found != NAN, "a row would attend, masked, to what is not finite"
+                assert found is None, "a row would attend, masked, to what another has left"
+
+
+class Flight(NamedTuple):
+    """A step that was launched, and what will come of it."""
+
+    batch: Batch
+    bad: list[Sequence]
+    """Rows whose logits are not finite."""
+    scored: list[list[int]]
+    """For each row the positions whose logits were asked for."""
 
 
 class Machine(RuleBasedStateMachine):
-    """A scheduler, the promises of its docstring, and a device that holds one adapter a slot."""
+    """A scheduler, the promises of its docstring, and a device that holds one adapter a slot.
+
+    Driven as the engine does it, with or without a step that is launched before the last is settled.
+    """
 
     @initialize(
         own=st.booleans(),
@@ -97,6 +118,8 @@ class Machine(RuleBasedStateMachine):
         spare_tokens=st.integers(0, 12),
         max_loras=st.integers(1, 3),
         max_passed_over=st.integers(0, 6),
+        scored_tokens=st.integers(1, 12),
+        look_ahead=st.booleans(),
         min_gain=st.integers(1, 8),
         ratio=st.sampled_from([0.0, 0.0, 1.0]),
     )
@@ -112,6 +135,7 @@ class Machine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + spare_tokens,
             max_passed_over=limits["max_passed_over"],
         )
+        self.scheduler.max_scored_tokens = limits["scored_tokens"]
         self.scheduler._promises = Promises(cache.granule, min_gain)
         self.scheduler.lengths.ratio = ratio
         if not ratio:  # every row comes as a surprise
@@ -125,6 +149,8 @@ class Machine(RuleBasedStateMachine):
         self.slots: dict[int, AdapterKey] = {}
         self.bad: dict[str, int] = {}
         self.device = Device(cache, self.bad)
+        self.look_ahead = limits["look_ahead"]
+        self.flight: Flight | None = None
 
     @rule(
         head=st.integers(0, 18),
@@ -171,8 +197,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(row.status is Status.RUNNING for row in self.alive.values()))
     @rule(data=st.data())
     def preempt(self, data):
+        self.settle()
         running = sorted(name for name, row in self.alive.items() if row.status is Status.RUNNING)
-        self.scheduler.preempt(self.alive[data.draw(st.sampled_from(running))])
+        if running:
+            self.scheduler.preempt(self.alive[data.draw(st.sampled_from(running))])
 
     @rule(fails=st.sampled_from(["none", "none", "none", "first", "all"]), steps=st.integers(1, 4))
     def steps(self, fails, steps):
@@ -182,28 +210,64 @@ class Machine(RuleBasedStateMachine):
             self.step()
 
     def step(self, fails="none"):
+        if not self.scheduler.can_look_ahead:
+            self.settle()
         waited = [row for row in self.alive.values() if row.status is Status.WAITING]
         started = {row for row in self.alive.values() if row.started}
         preempted = self.scheduler.num_preempted
         batch = self.scheduler.schedule()
+        assert self.flight is None or self.scheduler.num_preempted == preempted, "preempted while pending"
         self.check_batch(batch)
         self.check_order(waited, started, batch)
-        self.device.prepare(self.scheduler.take_given_back(), batch.copies)
+        self.device.prepare(batch)
         if self.scheduler.num_preempted == preempted:  # else some may have begun anew
             self.check_reuse(waited, batch)
-        # A row that fails by itself leaves before the rest is recorded.
-        failing = [row.sequence for row in batch.rows[: {"none": 0, "first": 1, "all": 99}[fails]]]
-        failing += [row for row in self.device.run(batch) if row not in failing]
-        rows = [row for row in batch.rows if row.sequence not in failing]
-        for row in failing:
-            self.end(row.request.id)
-        computed = {row.sequence.request.id: row.sequence.computed + row.num_tokens for row in rows}
-        ended = compute(self.scheduler, Batch(tuple(rows)), self.finish)
-        for name, count in computed.items():
-            assert self.alive[name].computed == count
+        failing = batch.rows[: {"none": 0, "first": 1, "all": 99}[fails]]
+        if self.look_ahead and not failing:
+            launched = self.launch(batch)
+            self.settle()
+            self.flight = launched
+            return
+        # A launch that raised: the rows whose fault it is leave before the rest is launched again.
+        self.device.run(Batch(failing))
+        self.settle()
+        for row, *_ in failing:
+            if row.status is Status.RUNNING:
+                self.end(row.request.id)
+        left = Batch(tuple(row for row in batch.rows if row.sequence.status is Status.RUNNING))
+        self.flight = self.launch(left)
+        self.settle()
+
+    def launch(self, batch):
+        scored = [list(row.scored) for row in batch.rows]
+        bad = self.device.run(batch)
+        self.scheduler.advance(batch)
+        assert all(row.sequence.computed == row.stop for row in batch.rows)
+        return Flight(batch, bad, scored)
+
+    def settle(self):
+        """Record the step that was launched last, if it was not yet."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        for row, scored in zip(flight.batch.rows, flight.scored, strict=True):
+            row.sequence.prompt_log_probs += scored
+        for row in flight.bad:
+            if row.status is Status.RUNNING:
+                self.end(row.request.id)
+        rows = [row for row in flight.batch.rows if row.samples and row.sequence.status is Status.RUNNING]
+        sampled = [(said(row.stop), None) for row in rows]
+        recorded = self.scheduler.num_generated
+        ended = self.scheduler.settle(flight.batch, sampled, self.finish)
+        assert self.scheduler.num_generated == recorded + len(sampled)
         for row in ended:
             assert row.finish_reason is FinishReason.LENGTH
-            assert row.num_generated == self.ends[row.request.id]
+            prompt = row.request.prompt
+            assert row.generated == [
+                said(len(prompt) + number) for number in range(self.ends[row.request.id])
+            ]
+            if row.request.params.prompt_log_probs:
+                assert row.prompt_log_probs == [None, *range(len(prompt) - 1)]
             del self.alive[row.request.id]
             self.ended[row.request.id] += 1
 
@@ -219,10 +283,13 @@ class Machine(RuleBasedStateMachine):
     def check_batch(self, batch):
         scheduler = self.scheduler
         rows = [row.sequence for row in batch.rows]
-        assert bool(rows) == bool(self.alive), "work, and a step without rows"
         assert len(rows) == len(set(rows)) <= scheduler.max_num_seqs
-        assert set(rows) == set(scheduler.running)
+        assert set(rows) == {row for row in scheduler.running if not row.ends_with_pending}
+        if not self.flight:
+            assert set(rows) == set(scheduler.running)
+            assert bool(rows) == bool(self.alive), "work, and a step without rows"
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
+        assert sum(row.keep for row in batch.rows) <= scheduler.max_scored_tokens + len(rows)
         assert len({row.request.adapter for row in rows} - {None}) <= scheduler.slots.max_loras
         for slot, key in batch.loads:
             self.slots[slot] = key
@@ -264,12 +331,14 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        most = sum(len(row.request.prompt) + row.request.params.max_new_tokens for row in self.alive.values())
+        # One step more for each row whose end is found out by the step after.
+        most = sum(1 + len(row.tokens) + row.request.params.max_new_tokens for row in self.alive.values())
         for _ in range(most):
             if not self.alive:
                 break
             self.step()
             self.books_agree()
+        self.settle()
         assert not self.alive, "the first running row always goes on, so that all of them end"
         assert self.ended == Counter(self.added)
         assert self.scheduler.kv_cache.num_free == self.scheduler.kv_cache.num_blocks
@@ -543,25 +612,64 @@ def test_preempted_in_the_middle_of_its_prompt_finds_nothing():
         compute(scheduler, scheduler.schedule())
     blocks = list(row.blocks)
     scheduler.preempt(row)
-    assert [(unproven.start, unproven.stop) for unproven in scheduler.take_given_back()] == [(0, 40)]
-    assert scheduler.schedule().rows[0].num_tokens == 20
+    batch = scheduler.schedule()
+    assert batch.rows[0].num_tokens == 20
     assert row.blocks == blocks[:5]
+    assert batch.leftovers == tuple((block, 0, 4) for block in row.blocks)
 
 
-def test_only_what_is_not_proven_is_given_back_to_be_cleaned():
-    row = sequence("row", 10, max_new_tokens=9)
+@pytest.mark.parametrize("own", [True, False])
+def test_row_that_failed_leaves_to_the_next_what_was_proven_and_nothing_else(own):
+    head = list(range(20))
+    rows = [sequence("bad", head, max_new_tokens=9)]
+    scheduler = scheduler_of(own=own, blocks=6, max_num_seqs=1, rows=rows)
+    first = scheduler.schedule()
+    assert first.leftovers == ()
+    compute(scheduler, first)
+    (bad,) = (row.sequence for row in scheduler.schedule().rows)  # and that step's logits are not finite
+    block = bad.blocks[-1]
+    scheduler.finish(bad, FinishReason.ERROR)
+    scheduler.add(sequence("next", head, max_new_tokens=1))
+    batch = scheduler.schedule()
+    assert batch.rows[0].start == 16
+    assert batch.leftovers == ((block, 16, 21) if own else (block, 0, 1),)
+
+
+# Log-probabilities of prompts
+
+
+def test_step_scores_no_more_prompt_tokens_than_stated():
+    scored = [sequence(name, 50, max_new_tokens=2, prompt_log_probs=True) for name in "ab"]
+    rows = [scored[0], sequence("plain", 50, max_new_tokens=2), scored[1]]
+    scheduler = scheduler_of(tokens=200, rows=rows)
+    scheduler.max_scored_tokens = 16
+    seen = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        seen.append({row.sequence.request.id: (row.num_tokens, row.keep) for row in batch.rows})
+        compute(scheduler, batch)
+    assert seen[0] == {"a": (16, 16), "plain": (50, 1), "b": (1, 1)}
+    assert seen[3] == {"a": (2, 2), "b": (15, 15)}, "a's last token gives its first new one"
+    assert all(sum(keep for _, keep in own.values()) <= 16 + len(own) for own in seen)
+
+
+def test_prompt_is_scored_once_and_fast_again_after_a_preemption():
+    row = sequence("row", 50, max_new_tokens=2, prompt_log_probs=True)
     scheduler = scheduler_of(rows=[row])
-    for _ in range(4):
-        compute(scheduler, scheduler.schedule())
-    scheduler.schedule()  # and that step's logits are not finite
-    blocks = list(row.blocks)
-    scheduler.finish(row, FinishReason.ERROR)
-    assert scheduler.take_given_back() == [(blocks[3:], 1, 2)]
-    other = sequence("other", 10, max_new_tokens=1)
-    scheduler.add(other)
-    compute(scheduler, scheduler.schedule())
-    assert other.status is Status.FINISHED
-    assert scheduler.take_given_back() == []
+    scheduler.max_scored_tokens = 16
+    positions = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        ((_, start, num_tokens, _),) = batch.rows
+        scored = batch.rows[0].scored
+        compute(scheduler, batch)
+        positions += scored
+        row.prompt_log_probs += scored
+        if row.computed == 32 and not scheduler.num_preempted:
+            scheduler.preempt(row)
+        elif scheduler.num_preempted and start == 0:
+            assert num_tokens == 32 + 16
+    assert positions == list(range(49))
 
 
 # Expectations

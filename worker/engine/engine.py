@@ -34,6 +34,7 @@ class StepStats(NamedTuple):
     reused_tokens: int
     """Prompt tokens of the rows that started in this step which were in the cache already."""
     generated_tokens: int
+    """Tokens that rows got in this step, perhaps by one that was launched before."""
     running: int
     waiting: int
     preempted: int
@@ -135,29 +136,28 @@ class Engine:
         next step, after that has launched its own, so that the device never waits for the host.
         """
         started = time.perf_counter()
+        scheduler = self._scheduler
+        generated_before = scheduler.num_generated
         before: list[Completion] = []
-        if self._flight is not None and not self._scheduler.can_look_ahead:
+        if self._flight is not None and not scheduler.can_look_ahead:
             before = self._settle_flight()
-        batch = self._scheduler.schedule()
-        for unproven in self._scheduler.take_given_back():
-            self._runner.scrub(unproven.blocks, unproven.stop, unproven.start)
+        batch = scheduler.schedule()
         self._runner.copy_prefixes(batch.copies)
+        self._runner.scrub(batch.leftovers)
         reused_tokens = batch.reused_tokens
         batch, refused = self._put_adapters(batch)
         scheduled = time.perf_counter()
         prompt_tokens = sum(row.num_prompt_tokens for row in batch.rows)
-        generated_tokens = sum(row.samples for row in batch.rows)
         completions, computed = self._compute(batch)
         done = time.perf_counter()
         timings = self._runner.timings
         work = timings.prepare_seconds + timings.forward_seconds + timings.sample_seconds
-        scheduler = self._scheduler
         return before + refused + completions, StepStats(
             rows=len(computed),
             adapters=len({row.sequence.request.adapter for row in computed} - {None}),
             prompt_tokens=prompt_tokens,
             reused_tokens=reused_tokens,
-            generated_tokens=generated_tokens,
+            generated_tokens=scheduler.num_generated - generated_before,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             preempted=scheduler.num_preempted,

@@ -21,6 +21,14 @@ class BlockCopy(NamedTuple):
     num_tokens: int
 
 
+class Leftover(NamedTuple):
+    """Places of a block, `start <= place < stop`, with keys and values that are not its new holder's."""
+
+    block: int
+    start: int
+    stop: int
+
+
 class Growth(NamedTuple):
     """What a sequence holds, and what it will come to hold."""
 
@@ -40,6 +48,9 @@ class KVCache(ABC):
     go first, the lowest of them before others, then the least recently used text, its end before its
     beginning. A text is known in whole granules only, and only from `remember` on: its keys and values
     must be there and finite by then. With `reuse` off nothing is ever known.
+
+    Whoever gets a block finds in it the text that it was begun with, and zeros behind that, once the places
+    that `take_leftovers` names are zeroed.
     """
 
     def __init__(self, num_blocks: int, block_size: int, granule: int, *, reuse: bool) -> None:
@@ -56,6 +67,10 @@ class KVCache(ABC):
         self._empty = list(range(num_blocks))
         self._remembered: OrderedDict[int, None] = OrderedDict()
         """Free blocks with content, the next to go first."""
+        self._filled = [0] * num_blocks
+        """How many of its places, the first ones, may hold anything but zeros. Kept for free blocks."""
+        self._handed_out: dict[int, int] = {}
+        """Blocks taken since the last `take_leftovers`, and how many of their places their holders know."""
 
     @property
     def num_free(self) -> int:
@@ -98,16 +113,36 @@ class KVCache(ABC):
         May exchange blocks for others with the same content.
         """
 
-    def free(self, blocks: list[int]) -> None:
-        """Take one hold of each of `blocks` back and empty the list."""
-        for block in reversed(blocks):
+    def free(self, blocks: list[int], num_written: int) -> None:
+        """Take one hold of each of `blocks` back and empty the list.
+
+        The model may have written to the first `num_written` of their places, counted through `blocks`.
+        """
+        for number, block in reversed(list(enumerate(blocks))):
+            filled = min(self.block_size, num_written - number * self.block_size)
+            self._filled[block] = max(self._filled[block], filled)
             self._holds[block] -= 1
             if self._holds[block] == 0:
+                self._handed_out.pop(block, None)
                 if block in self._nodes:
                     self._remembered[block] = None
                 else:
                     heapq.heappush(self._empty, block)
         blocks.clear()
+
+    def take_leftovers(self) -> tuple[Leftover, ...]:
+        """What is to be zeroed in the blocks taken since the last call: after copying, before they are read.
+
+        Attention may read, masked, what lies behind a row's tokens. Not only NaN does harm there: with a
+        large key the score overflows, and infinity minus the mask's infinity is not a number.
+        """
+        handed_out, self._handed_out = self._handed_out, {}
+        leftovers = []
+        for block, known in handed_out.items():
+            if self._filled[block] > known:
+                leftovers.append(Leftover(block, known, self._filled[block]))
+                self._filled[block] = known
+        return tuple(leftovers)
 
     def num_shared(self, blocks: list[int]) -> int:
         """How many of `blocks` others hold too. They are the first ones."""
@@ -142,14 +177,15 @@ class KVCache(ABC):
     def _forget(self, block: int) -> None:
         """The content of `block` will be overwritten."""
 
-    def _take(self) -> int:
-        """A hold of the free block whose content is missed least."""
+    def _take(self, num_known: int = 0) -> int:
+        """A hold of the free block whose content is missed least; `num_known` places will be copied to it."""
         if self._empty:
             block = heapq.heappop(self._empty)
         else:
             block, _ = self._remembered.popitem(last=False)
             self._forget(block)
         self._holds[block] = 1
+        self._handed_out[block] = num_known
         return block
 
 
@@ -209,7 +245,7 @@ class SharedBlocks(KVCache):
             if node.holders:  # another sequence was first: one place for one text
                 (blocks[index],) = node.holders
                 self._hold(blocks[index])
-                self.free([own])
+                self.free([own], self.block_size)
             else:
                 node.holders[own] = None
                 self._nodes[own] = node
@@ -275,7 +311,7 @@ class OwnBlocks(KVCache):
             blocks.append(self._take_over(cheapest, node))
             return []
         source = min(node.holders)
-        blocks.append(self._take())
+        blocks.append(self._take(node.num_tokens))
         self._add_text(blocks[0], node.path)
         return [BlockCopy(source, blocks[0], node.num_tokens)]
 
@@ -308,6 +344,7 @@ class OwnBlocks(KVCache):
         """A hold of a free block with the text of `node`; what it has behind that is forgotten."""
         del self._remembered[block]
         self._holds[block] = 1
+        self._handed_out[block] = node.num_tokens
         self._forget(block, len(node.path))
         self._nodes[block] = node
         return block

@@ -44,7 +44,6 @@ __all__ = [
     "fetch",
     "prepare",
     "prompt_log_probs",
-    "sample",
 ]
 
 
@@ -138,11 +137,6 @@ def choose(logits: torch.Tensor, plan: SamplingPlan, latest: torch.Tensor | None
         # Always as many, so that a row's neighbours cannot change which of equals it gets.
         top_tokens, top_log_probs = likely_tokens(own, min(MAX_TOP_N_TOKENS, own.shape[1]))
     return Sampled(tokens, finite, prompt_log_probs(own, chosen), top_tokens, top_log_probs, plan.told)
-
-
-def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
-    """Choose a token for each row of `logits` [rows, vocabulary], and wait for it."""
-    return collect(choose(logits, prepare(sequences, logits.shape[1], logits.device)))
 
 
 def _is_plain(params: SamplingParams) -> bool:

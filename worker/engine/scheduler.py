@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from worker.engine.kv_cache import BlockCopy, Growth, KVCache
+from worker.engine.kv_cache import BlockCopy, Growth, KVCache, Leftover
 from worker.engine.lengths import Lengths, work
 from worker.engine.lora_slots import LoRASlots
 from worker.engine.prefixes import Node
@@ -15,6 +15,9 @@ from worker.jobs import AdapterKey, FinishReason
 
 _EARLY = 0.8
 """A long row starts this much before it has to: places in the batch become free only now and then."""
+_MAX_SCORED_TOKENS = 256
+"""Prompt tokens in a step whose log-probabilities are asked for. Each keeps the logits of a whole vocabulary,
+in float32 a MiB where that has 262,144 tokens: `max_num_batched_tokens` of them could be gigabytes."""
 
 
 Sampled = tuple[int, float | None, tuple[tuple[int, float], ...] | None]
@@ -56,21 +59,14 @@ class ScheduledRow(NamedTuple):
         return self.stop - scored.start if scored else int(self.samples)
 
 
-class Unproven(NamedTuple):
-    """Places in blocks that a sequence gave back, whose keys and values may not be finite."""
-
-    blocks: list[int]
-    start: int
-    stop: int
-    """`start <= place < stop`, counted through `blocks`."""
-
-
 class Batch(NamedTuple):
     rows: tuple[ScheduledRow, ...]
     loads: tuple[tuple[int, AdapterKey], ...] = ()
     """Adapters to put into their slots before the forward pass."""
     copies: tuple[BlockCopy, ...] = ()
     """Keys and values to copy before the forward pass, in this order."""
+    leftovers: tuple[Leftover, ...] = ()
+    """Places to zero after that, still before the forward pass."""
     reused_tokens: int = 0
     """Prompt tokens that the rows which start here need not compute."""
 
@@ -79,12 +75,37 @@ class Batch(NamedTuple):
         return sum(row.num_tokens for row in self.rows)
 
 
+class _Budget:
+    """What is left of a step's tokens, and of those whose prompt log-probabilities are asked for."""
+
+    def __init__(self, tokens: int, scored: int, rows: Iterable[ScheduledRow]) -> None:
+        """`rows` are in the step already."""
+        self.tokens, self.scored = tokens, scored
+        for row in rows:
+            self.spend(row)
+
+    def spend(self, row: ScheduledRow) -> None:
+        self.tokens -= row.num_tokens
+        self.scored -= len(row.scored)
+
+    def row(self, sequence: Sequence, start: int, behind: int = 0) -> ScheduledRow:
+        """As much of `sequence` from `start` on as fits: at least a token; each row behind is left one."""
+        end = len(sequence.tokens) + sequence.pending
+        stop = min(end, start + self.tokens - behind)
+        if sequence.request.params.prompt_log_probs:
+            scored = ScheduledRow(sequence, start, stop - start, samples=False).scored
+            if len(scored) > max(0, self.scored):
+                stop = scored.start + max(1, self.scored)
+        return ScheduledRow(sequence, start, stop - start, stop == end)
+
+
 class Scheduler:
     """Which rows run, within four limits, and in which order they start.
 
     A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens, the adapters that
     fit `slots`, and the keys and values that fit `kv_cache`. Prompts longer than what is left of the
-    token budget are put through in chunks, in the same steps in which other rows decode.
+    token budget are put through in chunks, in the same steps in which other rows decode; so are those
+    whose log-probabilities are asked for, `max_scored_tokens` a step, or one a row where that is more.
 
     At most `max_passed_over` rows that came later start before one that came earlier does. Within that,
     preempted rows go first, and the others so that the batch stays full to the end, with few adapters in
@@ -108,12 +129,14 @@ class Scheduler:
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_scored_tokens = _MAX_SCORED_TOKENS
         self.waiting = Waiting(max_passed_over)
         self.running: list[Sequence] = []
         self.lengths = Lengths()
         self.num_preempted = 0
+        self.num_generated = 0
+        """Tokens that were recorded, of all sequences since the beginning."""
         self._promises = Promises(kv_cache.granule)
-        self._given_back: list[Unproven] = []
 
     @property
     def has_work(self) -> bool:
@@ -126,42 +149,29 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step: running rows first, then as many waiting ones as fit. May be empty."""
         rows = self._continue_running()
-        budget = self.max_num_batched_tokens - sum(row.num_tokens for row in rows)
+        budget = self._budget(rows)
         loads: list[tuple[int, AdapterKey]] = []
         copies: list[BlockCopy] = []
         reused = 0
         horizon = self._horizon()
-        while budget > 0 and len(self.running) < self.max_num_seqs:
+        while budget.tokens > 0 and len(self.running) < self.max_num_seqs:
             sequence = self._next(horizon)
             if sequence is None:
                 break
             node = self._known(sequence)
             if self._hold_back(sequence, node):
                 continue
-            copied = self._begin(sequence, node, budget)
+            row = budget.row(sequence, node.num_tokens if node else 0)
+            copied = self._begin(row, node)
             if copied is None:
                 break
             copies += copied
             loads += self._take_slot(sequence)
-            reused += min(sequence.computed, len(sequence.request.prompt))
-            rows.append(self._row(sequence, budget))
-            budget -= rows[-1].num_tokens
-        return Batch(tuple(rows), tuple(loads), tuple(copies), reused)
-
-    def update(
-        self,
-        batch: Batch,
-        sampled: Iterable[Sampled],
-        finish: Callable[[Sequence], FinishReason | None],
-    ) -> list[Sequence]:
-        """Record that `batch` was computed; `sampled` has a token for each row that samples, in order.
-
-        The logits of those tokens were finite: what they depend on may be reused from now on. `finish`
-        tells whether, and why, a sequence ends with the token just appended.
-        Returns the sequences that ended, their blocks and slots given back.
-        """
-        self.advance(batch)
-        return self.settle(batch, sampled, finish)
+            reused += min(row.start, len(sequence.request.prompt))
+            rows.append(row)
+            budget.spend(row)
+        leftovers = self.kv_cache.take_leftovers()
+        return Batch(tuple(rows), tuple(loads), tuple(copies), leftovers, reused)
 
     def advance(self, batch: Batch) -> None:
         """`batch` is being computed: what its rows sample is pending until it is settled.
@@ -178,9 +188,12 @@ class Scheduler:
         sampled: Iterable[Sampled],
         finish: Callable[[Sequence], FinishReason | None],
     ) -> list[Sequence]:
-        """Record what the rows of a batch that was advanced have sampled; see `update`.
+        """Record what the rows of a batch that was advanced have sampled: `sampled`, in order.
 
-        Rows that have ended since are passed by, and what they sampled is not among `sampled`.
+        Its logits were finite: what they depend on may be reused from now on. `finish` tells whether, and
+        why, a sequence ends with the token just appended. Rows that have ended since `advance` are passed
+        by, and what they sampled is not among `sampled`.
+        Returns the sequences that ended, their blocks and slots given back.
         """
         tokens = iter(sampled)
         ended = []
@@ -191,6 +204,7 @@ class Scheduler:
                 sequence.pending = sequence.computed > row.stop
                 self._prove(sequence, row.stop)
                 sequence.append(*next(tokens))
+                self.num_generated += 1
                 reason = finish(sequence)
                 if reason is not None:
                     self.finish(sequence, reason)
@@ -211,6 +225,7 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to those that wait; what nobody overwrites is found again."""
+        assert not sequence.pending, "its newest token would be lost"
         self._leave(sequence)
         sequence.computed = sequence.proven = sequence.written = 0
         sequence.status = Status.WAITING
@@ -224,32 +239,30 @@ class Scheduler:
         needed = sum(cache.missing(row.blocks, row.computed + row.remaining) for row in self.running)
         return needed <= cache.num_free
 
-    def take_given_back(self) -> list[Unproven]:
-        """Where the blocks given back since the last call may hold what is not finite."""
-        given_back, self._given_back = self._given_back, []
-        return given_back
-
     # Rows that run.
 
     def _continue_running(self) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
-        budget = self.max_num_batched_tokens
+        budget = self._budget(rows)
         # The pending token of the others is their last: they only wait to be settled.
         going_on = [sequence for sequence in self.running if not sequence.ends_with_pending]
         for number, sequence in enumerate(going_on):
             if sequence.status is not Status.RUNNING:  # preempted by a row before it
                 continue
             # A chunk never eats the one token that each row behind it needs.
-            behind = len(going_on) - number - 1
-            num_tokens = min(sequence.remaining, budget - behind)
-            gone = self._make_room(sequence, sequence.computed + num_tokens)
+            row = budget.row(sequence, sequence.computed, behind=len(going_on) - number - 1)
+            gone = self._make_room(sequence, row.stop)
             if gone:
-                rows = [row for row in rows if row.sequence not in gone]
-                budget = self.max_num_batched_tokens - sum(row.num_tokens for row in rows)
+                rows = [other for other in rows if other.sequence not in gone]
+                budget = self._budget(rows)
             if sequence not in gone:
-                rows.append(self._row(sequence, num_tokens))
-                budget -= num_tokens
+                sequence.written = row.stop
+                rows.append(row)
+                budget.spend(row)
         return rows
+
+    def _budget(self, rows: list[ScheduledRow]) -> _Budget:
+        return _Budget(self.max_num_batched_tokens, self.max_scored_tokens, rows)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Let `sequence` hold `num_tokens` tokens; returns who was preempted for it, perhaps itself.
@@ -281,11 +294,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a sequence off those that run, and back what it holds."""
-        if sequence.written > sequence.proven:
-            first, start = divmod(sequence.proven, self.kv_cache.block_size)
-            stop = start + sequence.written - sequence.proven
-            self._given_back.append(Unproven(sequence.blocks[first:], start, stop))
-        self.kv_cache.free(sequence.blocks)
+        self.kv_cache.free(sequence.blocks, sequence.written)
         if sequence.slot is not None:
             assert sequence.request.adapter is not None
             self.slots.release(sequence.request.adapter)
@@ -346,20 +355,20 @@ class Scheduler:
         self._promises.follow(sequence, leader)
         return True
 
-    def _begin(self, sequence: Sequence, node: Node[int] | None, budget: int) -> list[BlockCopy] | None:
+    def _begin(self, row: ScheduledRow, node: Node[int] | None) -> list[BlockCopy] | None:
         """Move a row from `waiting` to `running`; returns what to copy. None, and no change, without room."""
-        known = node.num_tokens if node else 0
-        num_tokens = min(len(sequence.tokens), known + budget)
+        sequence = row.sequence
         if self.running and not self.kv_cache.fits(
-            node, self._growth(sequence), (self._growth(row) for row in self.running)
+            node, self._growth(sequence), (self._growth(other) for other in self.running)
         ):
             return None
-        copies = self.kv_cache.begin(sequence.blocks, node, num_tokens)
+        copies = self.kv_cache.begin(sequence.blocks, node, row.stop)
         if copies is None:
             return None
         self._promises.leave(sequence)
         self.waiting.start(sequence)
-        sequence.computed = sequence.proven = sequence.written = known
+        sequence.computed = sequence.proven = row.start
+        sequence.written = row.stop
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         if self.kv_cache.reuse:
@@ -373,11 +382,6 @@ class Scheduler:
             return []
         sequence.slot, fresh = self.slots.acquire(key)
         return [(sequence.slot, key)] if fresh else []
-
-    def _row(self, sequence: Sequence, budget: int) -> ScheduledRow:
-        num_tokens = min(sequence.remaining, budget)
-        sequence.written = sequence.computed + num_tokens
-        return ScheduledRow(sequence, sequence.computed, num_tokens, num_tokens == sequence.remaining)
 
     def _known(self, sequence: Sequence) -> Node[int] | None:
         """What `sequence` can reuse: never its last token, whose logits are needed."""

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from worker.engine.kernels.tiles import power_of_two
+
 _SPLIT = 512
 """Keys in one split of a decoding row's sum, at least."""
 _MAX_SPLITS = 32
@@ -66,8 +68,8 @@ def paged_decode(
         *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
         HAS_SOFTCAP=softcap is not None, **splits,
         GROUP=heads.group, PAGE=heads.page, D=heads.key_dim, DV=heads.value_dim,
-        BLOCK_G=_power_of_two(heads.group), BLOCK_T=_decode_tile(heads.vector_bytes),
-        BLOCK_D=_power_of_two(heads.key_dim), BLOCK_DV=_power_of_two(heads.value_dim),
+        BLOCK_G=power_of_two(heads.group), BLOCK_T=_decode_tile(heads.vector_bytes),
+        BLOCK_D=power_of_two(heads.key_dim), BLOCK_DV=power_of_two(heads.value_dim),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge[num_rows, num_heads](
@@ -75,7 +77,7 @@ def paged_decode(
         window or 0,
         *out.stride()[:2],
         **splits, BLOCK_S=triton.next_power_of_2(max_splits),
-        HEADS=num_heads, DV=heads.value_dim, BLOCK_DV=_power_of_two(heads.value_dim), num_warps=4,
+        HEADS=num_heads, DV=heads.value_dim, BLOCK_DV=power_of_two(heads.value_dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def paged_prefill(
         HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None,
         GROUP=heads.group, PAGE=heads.page, D=heads.key_dim, DV=heads.value_dim,
         BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_T=block_t,
-        BLOCK_D=_power_of_two(heads.key_dim), BLOCK_DV=_power_of_two(heads.value_dim),
+        BLOCK_D=power_of_two(heads.key_dim), BLOCK_DV=power_of_two(heads.value_dim),
         num_warps=8, num_stages=2,
     )  # fmt: skip
 
@@ -320,7 +322,7 @@ class _Heads(NamedTuple):
         assert num_heads % num_kv_heads == 0
         assert query.dtype == key_cache.dtype == value_cache.dtype
         assert all(tensor.stride(-1) == 1 for tensor in (query, key_cache, value_cache, block_table, out))
-        longer = _power_of_two(max(key_dim, value_dim)) * query.dtype.itemsize
+        longer = power_of_two(max(key_dim, value_dim)) * query.dtype.itemsize
         return cls(num_kv_heads, num_heads // num_kv_heads, page, key_dim, value_dim, longer)
 
 
@@ -336,8 +338,3 @@ def _prefill_tile(vector_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
     if vector_bytes <= 256:
         return 128, 64
     return (64, 32) if vector_bytes <= 512 else (32, 16)
-
-
-def _power_of_two(number: int) -> int:
-    """At least 16, the smallest side of a matrix product."""
-    return max(16, int(triton.next_power_of_2(number)))

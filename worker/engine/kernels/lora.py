@@ -18,6 +18,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from worker.engine.adapter import LoRAPair
+from worker.engine.kernels.tiles import power_of_two
 from worker.engine.lora_plan import Run
 
 _FEW_TOKENS = 256
@@ -189,7 +190,7 @@ def add_lora(
     dtypes = {"LORA": _TRITON_DTYPES[table.dtype], "PRODUCT": _TRITON_DTYPES[product]}
     few, wide = tokens.tile_size == 16, product == torch.float32
 
-    block_r = min(_power_of_two(table.max_stacked_rank), 32 if few or wide else 64)
+    block_r = min(power_of_two(table.max_stacked_rank), 32 if few or wide else 64)
     _shrink[tokens.max_tiles, triton.cdiv(table.max_stacked_rank, block_r), splits](
         x, table.rows, tokens.order, tokens.slots, tokens.starts, tokens.stops, scratch,
         x.stride(0), split_stride,
@@ -205,7 +206,7 @@ def add_lora(
         y.stride(0), split_stride,
         ROW=table.rows.shape[1], H_STRIDE=table.max_stacked_rank, ALIGNED=table.aligned,
         SPLITS=splits, BLOCK_M=tokens.tile_size, BLOCK_N=block_n,
-        BLOCK_R=min(_power_of_two(table.max_rank), 32), **dtypes, num_warps=4, num_stages=2,
+        BLOCK_R=min(power_of_two(table.max_rank), 32), **dtypes, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -294,11 +295,7 @@ def _splits(table: LoRATable, max_tokens: int) -> int:
     """Into how many parts shrink cuts its sum over features: few tokens alone would not fill a GPU."""
     if max_tokens > _FEW_TOKENS:
         return 1
-    return min(8, _power_of_two(table.in_features // 512 or 1, smallest=1))
-
-
-def _power_of_two(number: int, smallest: int = 16) -> int:
-    return max(smallest, int(triton.next_power_of_2(number)))
+    return min(8, power_of_two(table.in_features // 512 or 1, smallest=1))
 
 
 def _round_up(number: int, multiple: int) -> int:
