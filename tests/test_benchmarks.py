@@ -317,7 +317,6 @@ def test_drawing_without_matplotlib_is_refused_before_anything_is_measured(monke
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_ratios_are_drawn(suffix, tmp_path):
-    pytest.importorskip("matplotlib")
     report.draw(result_of(fast), tmp_path / f"figure.{suffix}")
     assert (tmp_path / f"figure.{suffix}").stat().st_size > 1000
 

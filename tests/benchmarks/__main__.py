@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace) -> None:
             importlib.import_module("matplotlib")
         except ImportError as error:
             raise ValueError(
-                "--draw needs matplotlib, which is not there: pip install -e '.[bench]'"
+                "--draw needs matplotlib, which is not there: pip install -e '.[test]'"
             ) from error
     Settings.of(vars(args) | {"base": args.base or "."}).check()
 

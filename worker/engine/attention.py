@@ -116,16 +116,12 @@ class PackedAttention:
                 for dim in (shape.key_dim, shape.value_dim)
             )
 
-    def scrub(self, blocks: Sequence[int], num_tokens: int, start: int = 0) -> None:
-        """Zero the places of `blocks` from `start` up to `num_tokens`, before somebody else gets them.
-
-        For a sequence whose keys and values may not be finite.
-        """
-        size = self._block_size
+    def scrub(self, block: int, start: int, stop: int) -> None:
+        """Zero the places `start <= place < stop` of a block: the next row reads them, though masked."""
+        first = block * self._block_size
         for tensors in self._cache.values():
-            for tensor, (number, block) in itertools.product(tensors, enumerate(blocks)):
-                first, last = (min(size, max(0, place - number * size)) for place in (start, num_tokens))
-                tensor[block * size + first : block * size + last] = 0
+            for tensor in tensors:
+                tensor[first + start : first + stop] = 0
 
     def copy(self, source_block: int, target_block: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` places of one block to another, in all layers."""

@@ -140,8 +140,8 @@ class ModelRunner:
     def scrub(self, leftovers: Iterable[Leftover]) -> None:
         """Zero what earlier rows have left in blocks. The kernels never read it: with them it may stay."""
         if not self._kernels:
-            for block, start, stop in leftovers:
-                self._attention.scrub([block], stop, start)
+            for leftover in leftovers:
+                self._attention.scrub(*leftover)
 
     @torch.inference_mode()
     def copy_prefixes(self, copies: Iterable[BlockCopy]) -> None:
@@ -323,7 +323,8 @@ class ModelRunner:
                 logits = self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))])
                 got.append(logits.clone())  # the next run may overwrite them
             worst = max(worst, float((torch.cat(got).float() - own).norm() / own.norm()))
-            self._attention.scrub(blocks, probe.length)
+            for block in blocks:
+                self._attention.scrub(block, 0, min(size, probe.length))
         limit = _TOLERANCE[self._base.dtype]
         if not worst <= limit:
             raise ModelError(
