@@ -343,6 +343,16 @@ def test_attention_that_needs_more_than_we_know_is_refused_by_its_name(extra, ll
         ModelRunner(load(llama), limits(1))
 
 
+def test_model_whose_own_code_fails_is_refused_with_what_it_said(llama, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("sizes 4 and 8 do not match")
+
+    base = load(llama)
+    monkeypatch.setattr(base.model.model.layers[1].self_attn, "forward", broken)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be served.*sizes 4 and 8 do not match"):
+        ModelRunner(base, limits(1))
+
+
 def test_layer_that_attends_by_other_means_is_found_out(llama, monkeypatch):
     base = load(llama)
     attention = base.model.model.layers[1].self_attn

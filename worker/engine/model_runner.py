@@ -101,23 +101,32 @@ class ModelRunner:
         embeddings: Any = base.model.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
         """Token ids from this on are unknown to the model."""
-        probe = self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
-        with torch.inference_mode():
-            expected = probe.expected(base.model, base.device)
-            self.num_logits: int = expected.shape[-1]
-            """Token ids from this on are never generated."""
-            base.model.set_attn_implementation(self._attention.name)
-            found = self._discover(probe)
-            self.targets: dict[str, Target] = found.targets
-            """Modules that adapters may name."""
-            projections = self._project(found)
-            give_back_freed()
-            self.cache_shape = cache_shape or self._choose_cache_shape(limits.max_num_seqs, memory_share)
-            self._attention.allocate(
-                self.cache_shape.num_blocks + self._kernels, self.cache_shape.block_size, base.device
-            )
-            self._executor = self._make_executor(projections, costs)
-            self._verify(probe, expected)
+        self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
+        try:
+            self._build(cache_shape, memory_share, costs)
+        except (ModelError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as exc:  # whatever a model's own code makes of the example
+            name = type(base.model).__name__
+            raise ModelError(f"{name} cannot be served: a short example ended with {exc!r}") from exc
+
+    @torch.inference_mode()
+    def _build(self, cache_shape: CacheShape | None, memory_share: float | None, costs: Costs | None) -> None:
+        model, device = self._model, self._base.device
+        expected = self._probe.expected(model, device)
+        self.num_logits: int = expected.shape[-1]
+        """Token ids from this on are never generated."""
+        model.set_attn_implementation(self._attention.name)
+        found = self._discover(self._probe)
+        self.targets: dict[str, Target] = found.targets
+        """Modules that adapters may name."""
+        projections = self._project(found)
+        give_back_freed()
+        self.cache_shape = cache_shape or self._choose_cache_shape(self._limits.max_num_seqs, memory_share)
+        blocks, size = self.cache_shape
+        self._attention.allocate(blocks + self._kernels, size, device)
+        self._executor = self._make_executor(projections, costs)
+        self._verify(self._probe, expected)
 
     @property
     def cache_bytes(self) -> int:
