@@ -29,6 +29,7 @@ from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import measure_costs
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
+from worker.engine.products import product_dtype
 from worker.errors import SettingsError
 from worker.http.server import serving
 from worker.intake import POLL_SECONDS, Intake
@@ -144,7 +145,8 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
     )
-    dtype = base.dtype if settings.lora_dtype == "auto" else getattr(torch, settings.lora_dtype)
+    auto = settings.lora_dtype == "auto"
+    dtype = product_dtype(base.dtype, device) if auto else getattr(torch, settings.lora_dtype)
     limits = EngineLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -222,7 +222,10 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     lora_dtype: Annotated[
         _Dtype,
         Meta(
-            description="Type of the adapters' weights; auto is the base model's.",
+            description=(
+                "Type of the adapters' weights; auto is the base model's, or float32 where the processor "
+                "multiplies in that."
+            ),
             extra={"option": "lora_dtype", "aliases": _DTYPES},
         ),
     ] = "auto"

@@ -12,6 +12,7 @@ from worker.engine.engine import Engine, StepStats
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.products import product_dtype
 from worker.jobs import AdapterKey, Completion, InferenceRequest
 
 
@@ -42,7 +43,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
-            lora_dtype=lora_dtype or self.base.dtype,
+            lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
         )
         self.runner = ModelRunner(
             self.base, limits, cache_shape=cache_shape, memory_share=memory_share, kernels=kernels

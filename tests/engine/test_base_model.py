@@ -80,6 +80,17 @@ REFUSED = {
         {"head_dim": 16, "sliding_window": 5, "use_bidirectional_attention": True},
         "packed logits differ from its own",
     ),
+    "own-positions": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 32,
+            "num_local_experts": 2,
+            "layer_types": ["full_attention"] * 2,
+            "no_rope_layers": [1, 0],
+        },
+        "attn_temperature_tuning, which is not supported",
+    ),
     "encoder": ("BertConfig", {}, "packed logits differ from its own"),
 }
 

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from tests import tiny
 from worker.engine import products
 from worker.engine.discovery import discover
-from worker.engine.products import has_bfloat16, make_product
+from worker.engine.products import has_bfloat16, make_product, product_dtype
 from worker.engine.projections import Projection, tied_weights
 
 CPU = torch.device("cpu")
@@ -63,6 +63,23 @@ def test_bfloat16_is_told_from_the_processor(name, monkeypatch):
     assert not has_bfloat16(CPU)
     monkeypatch.setattr(products.torch.cpu, "get_capabilities", lambda: {"avx2": True, name: True})
     assert has_bfloat16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "known", "expected"),
+    [
+        ("float32", True, "float32"),
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float16", True, "float32"),
+    ],
+)
+def test_halves_are_multiplied_as_float32_where_the_processor_has_no_way_with_them(
+    dtype, known, expected, monkeypatch
+):
+    monkeypatch.setattr(products, "has_bfloat16", lambda _: known)
+    assert product_dtype(getattr(torch, dtype), CPU) is getattr(torch, expected)
+    assert product_dtype(getattr(torch, dtype), torch.device("cuda")) is getattr(torch, dtype)
 
 
 class Attention(nn.Module):

@@ -84,7 +84,8 @@ def load_base_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
-        raise ModelError(f"the base model at {path} cannot be loaded: {exc}") from exc
+        reason = str(exc).partition("\n")[0][:500]  # transformers may list all that it knows
+        raise ModelError(f"the base model at {path} cannot be loaded: {reason}") from exc
     model, found = loaded
     if found["missing_keys"]:  # they would be random
         missing = ", ".join(sorted(found["missing_keys"]))
@@ -124,7 +125,11 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} does not use transformers' attention interface, which this engine needs")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised, which is not supported")
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", ())):
+        # Llama 4 counts positions by itself there, as if all tokens of a step were of one row.
+        raise ModelError(f"{name} has attn_temperature_tuning, which is not supported")
+    layer_types = set(getattr(config, "layer_types", None) or ())
     strange = layer_types - {"full_attention", "sliding_attention"}
     if strange:
         raise ModelError(f"{name} has layers of type {', '.join(sorted(strange))}, which are not supported")
