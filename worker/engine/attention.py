@@ -35,11 +35,11 @@ _HARMLESS = frozenset(
 
 def places(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
     """Where the cache holds tokens `start` to `stop` of a row with these blocks."""
-    spans = (
-        range(block * block_size + max(0, start - first), block * block_size + min(block_size, stop - first))
-        for first, block in zip(range(0, stop, block_size), blocks, strict=False)
-    )
-    return list(itertools.chain.from_iterable(spans))
+    return [
+        blocks[number] * block_size + place - number * block_size
+        for number in range(start // block_size, -(-stop // block_size))
+        for place in range(max(start, number * block_size), min(stop, (number + 1) * block_size))
+    ]
 
 
 class Form(NamedTuple):

@@ -97,14 +97,14 @@ class _RankTable:
         dtype: torch.dtype,
     ) -> None:
         """`modules` are numbers of those of `sizes` for which there is room."""
-        columns = [0, *itertools.accumulate(sizes)]
+        columns = _side_by_side(sizes)
         self.modules = frozenset(modules)
         self._order = sorted(self.modules)
         own = tuple(sizes[module] for module in self._order)
         self._sizes = sizes
         self._rank = rank
-        self._columns = _slices([columns[module] for module in self._order], own)
-        self._own_columns = _slices([0, *itertools.accumulate(own)], own)
+        self._columns = [columns[module] for module in self._order]
+        self._own_columns = _side_by_side(own)
         self._takes_all = own == tuple(sizes)
         width = math.gcd(*own)
         self._a = zero_pages((max_entries, in_features, len(own) * rank), dtype)
@@ -112,7 +112,7 @@ class _RankTable:
         self._a_rows = self._a.view(-1, len(own) * rank)
         self._b_rows = self._b.view(-1, width)
         self._written: set[int] = set()
-        self._shrink = _every_row(in_features)
+        self._shrink = every_row(in_features)
         self._expand, self._weights = _pieces(rank, own, width)
 
     def write(self, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
@@ -160,12 +160,12 @@ class _RankTable:
                 y[:, columns].add_(delta[:, own])
 
 
-def _slices(starts: Sequence[int], sizes: Sequence[int]) -> list[slice]:
-    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
 @cache
-def _every_row(rows: int) -> Pattern:
+def every_row(rows: int) -> Pattern:
     """One sum over all rows of a's transpose."""
     return Pattern(torch.arange(rows, dtype=torch.int32)[None], rows)
 

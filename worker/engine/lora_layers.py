@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from worker.engine.adapter import LoRAWeights
-from worker.engine.lora_bank import LoRABank
+from worker.engine.lora_bank import LoRABank, every_row
 from worker.engine.lora_ops import weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
-from worker.engine.lora_step import LoRAStep, Pattern, TokenEntries
+from worker.engine.lora_step import LoRAStep, TokenEntries
 from worker.engine.projections import Projection
 
 _LEAST_RANK = 8
@@ -111,13 +111,12 @@ def measure_costs(dtype: torch.dtype) -> Costs:
     # One adapter for each token, in each of so many layers that no cache holds them.
     tables = torch.randn(layers, tokens * features, rank).to(dtype)
     adapters = tables.view(-1, features, rank)
-    pattern = Pattern(torch.arange(features, dtype=torch.int32)[None], features)
-    entries = TokenEntries([(token, token, token + 1) for token in range(tokens)], range(tokens))
+    each = TokenEntries([(n, n, n + 1) for n in range(tokens)], {n: n for n in range(tokens)})
     weights = len(adapters) * features * rank
     call = _seconds(lambda: y[:1, :1].addmm_(x[:1, :1], x[1:2, 1:2]))
     read = _seconds(lambda: [x[:1] @ a for a in adapters]) - len(adapters) * call
     dense = _seconds(lambda: x @ adapters[0]) - call
-    chosen = entries.chosen(pattern)
+    chosen = each.chosen(every_row(features))
     sums = _seconds(lambda: [weighted_sums(table, chosen, x.view(-1)) for table in tables])
     return Costs(
         call_seconds=call,

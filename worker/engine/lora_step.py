@@ -20,7 +20,7 @@ class Pattern:
 class TokenEntries:
     """Tokens that follow each other, with the entry of a table that each one's adapter has."""
 
-    def __init__(self, runs: Sequence[Run], entries: Mapping[int, int] | Sequence[int]) -> None:
+    def __init__(self, runs: Sequence[Run], entries: Mapping[int, int]) -> None:
         """`runs` follow each other without a gap; `entries` by slot."""
         self.tokens = slice(runs[0][1], runs[-1][2])
         own = [entries[slot] for slot, start, stop in runs for _ in range(start, stop)]
