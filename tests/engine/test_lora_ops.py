@@ -10,11 +10,10 @@ from torch import nn
 
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
-from worker.engine.lora_bank import LoRABank
 from worker.engine.lora_layers import LoRALayers, measure_costs
 from worker.engine.lora_ops import add_lora_reference, choose_rows, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Shape, Way, cheapest, merge_runs, seconds
-from worker.engine.lora_step import LoRAStep, TokenEntries
+from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries
 from worker.engine.projections import Projection
 from worker.jobs import AdapterKey
 
@@ -37,52 +36,38 @@ def test_weighted_sums_are_products_by_a_matrix_of_their_own(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     rows = torch.randn(matrices, height, width, generator=generator).to(dtype)
     x = torch.randn(len(own), height, generator=generator).to(dtype)
-    chosen = torch.tensor(own, dtype=torch.int32)[:, None] * height + torch.arange(height, dtype=torch.int32)
+    chosen = torch.tensor(own)[:, None] * height + torch.arange(height)
     got = weighted_sums(rows.view(-1, width), choose_rows(chosen), x.view(-1))
     assert_close(
         got, torch.stack([one.float() @ rows[index].float() for one, index in zip(x, own, strict=True)])
     )
 
 
-def test_bank_makes_room_for_a_module_that_comes_later():
-    torch.manual_seed(0)
-    first, second = (LoRAPair(torch.randn(r, 5), torch.randn(out, r)) for r, out in ((2, 3), (8, 6)))
-    bank = LoRABank(5, [3, 2, 6], 4)
-    bank.put(0, 8, 0, [first, None, None])
-    bank.put(1, 8, 1, [None, None, second])
-    x = torch.randn(7, 5)
-    for step in (
-        LoRAStep([(0, 0, 4), (1, 4, 7)]),
-        LoRAStep([], {8: TokenEntries([(0, 0, 4), (1, 4, 7)], {0: 0, 1: 1})}),
-    ):
-        y = torch.zeros(7, 11)
-        bank.add(x, y, step)
-        torch.testing.assert_close(y[:4, :3], x[:4] @ first.a.T @ first.b.T)
-        torch.testing.assert_close(y[4:, 5:], x[4:] @ second.a.T @ second.b.T)
-        assert not y[:, 3:5].any()
-        assert not y[:4, 5:].any()
-        assert not y[4:, :3].any()
-
-
 def test_a_token_is_computed_alike_beside_others():
     """Else a row's text would depend on its neighbours."""
     torch.manual_seed(0)
-    bank = LoRABank(64, [32, 16], 8)
-    for slot in range(8):
+    table = LoRATable(Form(8, ((0, 1),)), [Dimensions(64, (32, 16))], 8, torch.float32)
+    for entry in range(8):
         pairs = [LoRAPair(torch.randn(8, 64), torch.randn(out, 8)) for out in (32, 16)]
-        bank.put(slot, 8, slot, pairs)
+        table.write(entry, [pairs])
     x = torch.randn(16, 64)
     own = [token // 2 for token in range(16)]
-    entries = {slot: slot for slot in range(8)}
 
     def outputs(tokens):
         y = torch.zeros(len(tokens), 48)
         runs = [(own[token], number, number + 1) for number, token in enumerate(tokens)]
-        bank.add(x[tokens], y, LoRAStep([], {8: TokenEntries(runs, entries)}))
+        table.fields[0].add(x[tokens], y, TokenEntries(runs))
         return y
 
     together = outputs(range(16))
     assert all(torch.equal(outputs([token])[0], together[token]) for token in range(16))
+
+
+def test_rows_far_into_a_table_are_found():
+    """What 32 bits cannot number: a table of large adapters has as many."""
+    far = torch.tensor([[2**31]])
+    assert choose_rows(far).rows.tolist() == [2**31]
+    assert choose_rows(far - 1).rows.dtype == torch.int32
 
 
 # A batch through projections: whichever way is taken, the result is the plain loop's.
@@ -270,8 +255,16 @@ def test_slot_that_could_not_be_filled_is_filled_before_it_is_used(zeros, monkey
     for slot, value in enumerate((1.0, 2.0)):
         layers.put(slot, weights_of(value))
     assert output(zeros, 0, 1) == pytest.approx([1, 2])
+
+    def fail_after(write):
+        def writes(*given):
+            write(*given)
+            raise MemoryError("no room")
+
+        return writes
+
     with monkeypatch.context() as patch:
-        patch.setattr(layers._banks["o",], "put", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        patch.setattr(LoRATable, "write", fail_after(LoRATable.write))
         with pytest.raises(MemoryError):
             layers.put(0, weights_of(5.0))
     layers.put(2, weights_of(6.0))
@@ -285,7 +278,19 @@ def test_places_of_adapters_that_left_are_used_again(zeros):
         for slot in range(4):
             layers.put((slot + round_) % 8, weights_of(float(slot + round_)))
             layers.clear((slot + round_ + 4) % 8)
-    assert max(entry for _, entry in layers._entries.values()) < 8
+    assert max(entry.number for entry in layers._entries.values()) < 8
+
+
+def test_tables_that_nobody_uses_are_given_up(zeros):
+    """Else every set of modules that was ever seen would keep its memory."""
+    layers, _ = zeros
+    for round_ in range(9):
+        layers.put(0, weights_of(1.0, module="qkvo"[round_ % 4]))
+        layers.put(1, weights_of(1.0, module="ok"[round_ % 2]))
+        assert len(layers._tables) <= 2
+    layers.clear(0)
+    layers.clear(1)
+    assert not layers._tables
 
 
 def test_nothing_is_added_while_there_is_no_step(zeros):

@@ -5,18 +5,36 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from worker.engine.adapter import LoRAWeights
-from worker.engine.lora_bank import LoRABank, every_row
-from worker.engine.lora_ops import weighted_sums
+from worker.engine.lora_ops import add_stack, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
-from worker.engine.lora_step import LoRAStep, TokenEntries
+from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries, every_row
 from worker.engine.projections import Projection
 
 _LEAST_RANK = 8
 """Ranks are padded to a power of two from here on: few tables, at most half of each padding."""
+
+
+class _Entry(NamedTuple):
+    """Where the adapter of a slot lies."""
+
+    order: int
+    """Of its table, by age."""
+    number: int
+    """Among the entries of the table."""
+    table: LoRATable
+
+
+class LoRAStep(NamedTuple):
+    """How one step applies LoRA: the same for every projection, built once, dropped after it."""
+
+    segments: Sequence[tuple[LoRATable, Run]]
+    """Tokens that go by segments; the runs say entries of the table instead of slots."""
+    rows: Sequence[tuple[LoRATable, TokenEntries]] = ()
 
 
 class LoRALayers:
@@ -34,33 +52,37 @@ class LoRALayers:
         """`projections` by the names of their modules."""
         self.step: LoRAStep | None = None
         self._costs = costs
-        self._banks = {
-            names: LoRABank(projection.in_features, projection.sizes, max_loras)
-            for names, projection in projections.items()
-        }
-        for names, projection in projections.items():
-            projection.addition = partial(self._add, self._banks[names])
+        self._max_loras = max_loras
+        self._names = [*projections]
+        self._dimensions = [Dimensions(p.in_features, tuple(p.sizes)) for p in projections.values()]
+        for number, projection in enumerate(projections.values()):
+            projection.addition = partial(self._add, number)
         self._shape = _shape([*projections.values()])
-        self._entries: dict[int, tuple[int, int]] = {}
-        """By slot, the padded rank of its adapter and its entry in the tables for that rank."""
+        self._tables: dict[Form, tuple[int, LoRATable]] = {}
+        """Those that hold an adapter, with their order."""
+        self._num_tables = itertools.count()
+        self._entries: dict[int, _Entry] = {}
+        """By slot."""
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
-        self.clear(slot)
-        rank = max(_LEAST_RANK, 1 << (weights.rank - 1).bit_length())
-        entry = next(entry for entry in itertools.count() if (rank, entry) not in self._entries.values())
-        self._entries[slot] = rank, entry
-        for names, bank in self._banks.items():
-            bank.put(slot, rank, entry, [weights.pairs.get(name) for name in names])
+        self._entries.pop(slot, None)
+        try:
+            order, table = self._table(self._form(weights), next(iter(weights.pairs.values())).a.dtype)
+            taken = {entry.number for entry in self._entries.values() if entry.table is table}
+            number = next(number for number in itertools.count() if number not in taken)
+            table.write(number, [[weights.pairs.get(name) for name in names] for names in self._names])
+            self._entries[slot] = _Entry(order, number, table)
+        finally:
+            self._drop_unused()
 
     def clear(self, slot: int) -> None:
         self._entries.pop(slot, None)
-        for bank in self._banks.values():
-            bank.clear(slot)
+        self._drop_unused()
 
     def place(self, slot: int | None) -> tuple[int, int]:
         """A key to sort decoding rows by: `plan` wants rows that are served together side by side."""
-        return (-1, -1) if slot is None else self._entries[slot]
+        return (-1, -1) if slot is None else self._entries[slot][:2]
 
     def plan(self, spans: Sequence[tuple[int | None, int]]) -> LoRAStep | None:
         """The step for rows of `(slot, tokens)`; None when none has an adapter.
@@ -72,29 +94,69 @@ class LoRALayers:
         decode = merge_runs(spans[num_chunks:], sum(tokens for _, tokens in spans[:num_chunks]))
         if not chunks and not decode:
             return None
-        if not decode or self._choose(decode) is Way.SEGMENTS:
-            return LoRAStep(chunks + decode)
-        entries = {slot: entry for slot, (_, entry) in self._entries.items()}
-        return LoRAStep(
-            chunks, {rank: TokenEntries(runs, entries) for rank, runs in self._by_rank(decode).items()}
+        tables = [
+            (table, list(runs))
+            for table, runs in itertools.groupby(decode, lambda run: self._entries[run[0]].table)
+        ]
+        if not decode or self._choose(decode, len(tables)) is Way.SEGMENTS:
+            return LoRAStep([*map(self._segment, chunks + decode)])
+        rows = [(table, TokenEntries([self._segment(run)[1] for run in runs])) for table, runs in tables]
+        return LoRAStep([*map(self._segment, chunks)], rows)
+
+    def _form(self, weights: LoRAWeights) -> Form:
+        return Form(
+            max(_LEAST_RANK, 1 << (weights.rank - 1).bit_length()),
+            tuple(
+                tuple(number for number, name in enumerate(names) if name in weights.pairs)
+                for names in self._names
+            ),
         )
 
-    def _choose(self, decode: Sequence[Run]) -> Way:
+    def _table(self, form: Form, dtype: torch.dtype) -> tuple[int, LoRATable]:
+        if form not in self._tables:
+            table = LoRATable(form, self._dimensions, self._max_loras, dtype)
+            self._tables[form] = next(self._num_tables), table
+        return self._tables[form]
+
+    def _drop_unused(self) -> None:
+        used = {entry.order for entry in self._entries.values()}
+        self._tables = {form: own for form, own in self._tables.items() if own[0] in used}
+
+    def _choose(self, decode: Sequence[Run], num_tables: int) -> Way:
         demand = Demand(
             counts=tuple(stop - start for _, start, stop in decode),
-            ranks=tuple(self._entries[slot][0] for slot, _, _ in decode),
-            tables=len(self._by_rank(decode)),
+            ranks=tuple(self._entries[slot].table.form.rank for slot, _, _ in decode),
+            tables=num_tables,
         )
         return cheapest(demand, self._shape, self._costs)
 
-    def _by_rank(self, decode: Sequence[Run]) -> dict[int, list[Run]]:
-        return {
-            rank: list(runs) for rank, runs in itertools.groupby(decode, lambda run: self._entries[run[0]][0])
-        }
+    def _segment(self, run: Run) -> tuple[LoRATable, Run]:
+        entry = self._entries[run[0]]
+        return entry.table, (entry.number, *run[1:])
 
-    def _add(self, bank: LoRABank, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self.step is not None:
-            bank.add(x, y, self.step)
+    def _add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add to y [T, out] of a projection what the step's tokens are due for x [T, in], in place."""
+        step = self.step
+        if step is None:
+            return
+        dtype = next((table.dtype for table, _ in (*step.segments, *step.rows) if table.fields[number]), None)
+        if dtype == y.dtype:
+            _apply(step, number, x, y)
+        elif dtype is not None:  # `lora_dtype` differs from the base model's: the sum alone is in ours
+            delta = torch.zeros_like(y, dtype=dtype)
+            _apply(step, number, x.to(dtype), delta)
+            y.add_(delta)
+
+
+def _apply(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+    for table, (entry, start, stop) in step.segments:
+        field = table.fields[number]
+        if field is not None:
+            add_stack(x[start:stop], y[start:stop], field.stack(entry))
+    for table, tokens in step.rows:
+        field = table.fields[number]
+        if field is not None:
+            field.add(x, y, tokens)
 
 
 def _shape(projections: Sequence[Projection]) -> Shape:
@@ -111,12 +173,12 @@ def measure_costs(dtype: torch.dtype) -> Costs:
     # One adapter for each token, in each of so many layers that no cache holds them.
     tables = torch.randn(layers, tokens * features, rank).to(dtype)
     adapters = tables.view(-1, features, rank)
-    each = TokenEntries([(n, n, n + 1) for n in range(tokens)], {n: n for n in range(tokens)})
+    each = TokenEntries([(n, n, n + 1) for n in range(tokens)])
     weights = len(adapters) * features * rank
     call = _seconds(lambda: y[:1, :1].addmm_(x[:1, :1], x[1:2, 1:2]))
     read = _seconds(lambda: [x[:1] @ a for a in adapters]) - len(adapters) * call
     dense = _seconds(lambda: x @ adapters[0]) - call
-    chosen = each.chosen(every_row(features))
+    chosen = each.chosen(every_row(features, features))
     sums = _seconds(lambda: [weighted_sums(table, chosen, x.view(-1)) for table in tables])
     return Costs(
         call_seconds=call,

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.adapter import LoRAPair
-from worker.engine.lora_plan import Run
 
 
 class Part(NamedTuple):
@@ -42,31 +41,26 @@ def add_lora_reference(
     return result
 
 
-def add_lora_segments(
-    x: torch.Tensor, y: torch.Tensor, runs: Sequence[Run], stacks: Mapping[int, Stack]
-) -> None:
-    """Add each run's adapter to y in place: one product a run, and one for each module."""
-    for slot, start, stop in runs:
-        stack = stacks.get(slot)
-        if stack is not None:
-            h = x[start:stop] @ stack.a
-            for part in stack.parts:
-                y[start:stop, part.columns].addmm_(h[:, part.ranks], part.b)
+def add_stack(x: torch.Tensor, y: torch.Tensor, stack: Stack) -> None:
+    """Add one adapter to y in place: one product, and one for each module."""
+    h = x @ stack.a
+    for part in stack.parts:
+        y[:, part.columns].addmm_(h[:, part.ranks], part.b)
 
 
 class Chosen(NamedTuple):
     """Rows of a tensor for sums that take equally many: `I` for each of `S`."""
 
     rows: torch.Tensor
-    """[S * I] int32"""
+    """[S * I] int32, or int64 where that is needed"""
     starts: torch.Tensor
-    """[S] int32, where each sum's rows begin: multiples of I."""
+    """[S] of the same, where each sum's rows begin: multiples of I."""
 
 
 def choose_rows(rows: torch.Tensor) -> Chosen:
-    """`rows` is [S, I]."""
-    starts = torch.arange(0, rows.numel(), rows.shape[1], dtype=rows.dtype)
-    return Chosen(rows.flatten(), starts)
+    """`rows` is [S, I] int64."""
+    dtype = torch.int32 if int(rows.max()) < 2**31 else torch.int64
+    return Chosen(rows.flatten().to(dtype), torch.arange(0, rows.numel(), rows.shape[1], dtype=dtype))
 
 
 def weighted_sums(table: torch.Tensor, chosen: Chosen, weights: torch.Tensor) -> torch.Tensor:

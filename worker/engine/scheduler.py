@@ -13,7 +13,7 @@ from worker.engine.sequence import Sequence, Status
 from worker.engine.waiting import Waiting
 from worker.jobs import AdapterKey, FinishReason
 
-_EARLY = 0.8
+_EARLY = 0.7
 """A long row starts this much before it has to: places in the batch become free only now and then."""
 _MAX_SCORED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are asked for. Each keeps the logits of a whole vocabulary,
