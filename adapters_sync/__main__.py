@@ -1,4 +1,4 @@
-"""`python -m adapters_sync sync` and `push`: what `loramill sync` and `loramill push` are."""
+"""`python -m adapters_sync sync`, `push` and `adapters`: what `loramill` has under the same names."""
 
 from adapters_sync.cli import app
 

@@ -1,4 +1,4 @@
-"""`loramill sync` and `loramill push`: the mirror and the uploader as commands, without torch."""
+"""`loramill sync`, `push` and `adapters`: the mirror, the uploader and what there is, without torch."""
 
 import asyncio
 import logging
@@ -17,14 +17,16 @@ from prometheus_client import CollectorRegistry
 from adapters_sync import logs
 from adapters_sync.errors import InvalidUri, SettingsError, SyncError
 from adapters_sync.inventory import Limits
+from adapters_sync.management import ask_worker, check_url
 from adapters_sync.metrics import SyncMetrics
 from adapters_sync.options import MirrorOptions
 from adapters_sync.push import pack, send
 from adapters_sync.reconcile import open_mirror
 from adapters_sync.report import PassReport
 from adapters_sync.serve import serving
-from adapters_sync.settings import SyncSettings, describe, read
-from adapters_sync.show import report_lines, showing_progress
+from adapters_sync.settings import SyncSettings, describe, known_names, read
+from adapters_sync.show import report_lines, show_survey, showing_progress
+from adapters_sync.survey import Survey, survey
 
 FAILED, MISUSED = 1, 2
 _logger = logging.getLogger(__name__)
@@ -47,7 +49,18 @@ class SyncCommandSettings(SyncSettings, frozen=True, kw_only=True):
     http_port: Annotated[int, Meta(description="Port for them; 0 takes a free one.", ge=0, le=65535)] = 8080
 
 
-_INFO = {info.name: info for info in describe(SyncCommandSettings)}
+class AdaptersCommandSettings(SyncSettings, frozen=True, kw_only=True):
+    """What `loramill adapters` reads."""
+
+    http_token: Annotated[
+        str | None,
+        Meta(description="Bearer token of the worker at URL.", extra={"flag": "--token", "secret": True}),
+    ] = None
+
+
+_INFO = {info.name: info for info in describe(AdaptersCommandSettings) + describe(SyncCommandSettings)}
+_SYNC_FLAGS = tuple(info.name for info in describe(SyncCommandSettings))
+_ADAPTERS_FLAGS = ("adapters_dir", "model", "adapters_uri", "cache_dir", "http_token")
 
 
 def _setting(name: str) -> Any:
@@ -68,11 +81,12 @@ _Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when som
 
 
 def build_app(known: Collection[str] = ()) -> typer.Typer:
-    """The two commands, to be run alone or mounted with `parent.add_typer(build_app(...))`.
+    """The commands, to be run alone or mounted with `parent.add_typer(build_app(...))`.
 
     `known` names the LORAMILL_ variables of the parent's other commands (settings.known_names): they may
     stand in the environment; any other unknown one is a mistake.
     """
+    known = known_names(SyncCommandSettings, AdaptersCommandSettings) | frozenset(known)
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.command()
@@ -97,7 +111,7 @@ def build_app(known: Collection[str] = ()) -> typer.Typer:
         debug: _Debug = False,
     ) -> None:
         """Mirror s3://bucket/model_id/adapters/ to local disk, for ever or once."""
-        flags = {name: context.params[name] for name in _INFO}
+        flags = {name: context.params[name] for name in _SYNC_FLAGS}
         with _readable_errors(debug):
             settings = read(SyncCommandSettings, flags=flags, environ=os.environ, known=known)
             logs.configure(settings.log_format)
@@ -119,7 +133,47 @@ def build_app(known: Collection[str] = ()) -> typer.Typer:
         with _readable_errors(debug):
             asyncio.run(_push(directory, uri, as_json=as_json))
 
+    @app.command()
+    def adapters(
+        context: typer.Context,
+        *,
+        adapters_dir: Annotated[_Text, _setting("adapters_dir")] = None,
+        model: Annotated[_Text, _setting("model")] = None,
+        adapters_uri: Annotated[_Text, _setting("adapters_uri")] = None,
+        cache_dir: Annotated[_Text, _setting("cache_dir")] = None,
+        url: Annotated[
+            str | None, typer.Option(metavar="URL", help="Ask the worker at http://host:port for the tiers.")
+        ] = None,
+        http_token: Annotated[_Text, _setting("http_token")] = None,
+        as_json: _Json = False,
+        debug: _Debug = False,
+    ) -> None:
+        """List the adapters: version, rank, size, tier, state, and why one is not served."""
+        flags = {name: context.params[name] for name in _ADAPTERS_FLAGS}
+        with _readable_errors(debug):
+            settings = read(AdaptersCommandSettings, flags=flags, environ=os.environ, known=known)
+            found = _survey(settings.adapters_path, None if url is None else check_url(url))
+            if url is not None:
+                found = found.with_worker(asyncio.run(ask_worker(url, settings.http_token)))
+        if as_json:
+            typer.echo(msgspec.json.encode(found).decode())
+            return
+        show_survey(found)
+        if found.error is not None:
+            typer.echo(f"the mirror's last pass failed: {found.error}", err=True)
+
     return app
+
+
+def _survey(folder: Path | None, url: str | None) -> Survey:
+    """What the folder holds; nothing, when only a worker is asked."""
+    if folder is not None and folder.is_dir():
+        return survey(folder)
+    if url is not None:
+        return Survey()
+    if folder is None:
+        raise SettingsError(["adapters_dir: nothing to list; give --adapters-dir, --model or --url"])
+    raise SettingsError([f"adapters_dir: {folder} is not a folder"])
 
 
 async def _sync(settings: SyncCommandSettings, *, once: bool, allow_empty: bool, as_json: bool) -> bool:

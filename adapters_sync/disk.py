@@ -1,4 +1,4 @@
-"""What is on the volume: the lock, leftovers, what is served, and how much room there is. Blocking."""
+"""What is on the volume: the lock, leftovers, and what is served. Blocking."""
 
 import fcntl
 import os
@@ -9,12 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from adapters_sync.errors import MirrorLocked, NoRoom
-from adapters_sync.inventory import Limits
+from adapters_sync.errors import MirrorLocked
 from adapters_sync.layout import MirrorPaths
 from adapters_sync.manifests import PublishedManifest
 from adapters_sync.names import is_adapter_name
-from adapters_sync.publish import FLIP_SUFFIX
+from adapters_sync.publish import FLIP_SUFFIX, sync_folder
 from adapters_sync.state import MirrorState
 
 
@@ -44,7 +43,11 @@ def exclusive(lock_file: Path) -> Iterator[None]:
 
 def tidy(paths: MirrorPaths) -> None:
     """Remove what an earlier run left half done. Only the holder of the lock may."""
-    paths.adapters_dir.mkdir(parents=True, exist_ok=True)
+    if not paths.adapters_dir.is_dir():
+        paths.adapters_dir.mkdir(parents=True)
+    if not paths.versions.exists():
+        paths.versions.mkdir()
+        sync_folder(paths.versions.parent)
     if paths.staging.exists():
         for entry in list(paths.staging.iterdir()):
             _remove(entry)
@@ -85,29 +88,6 @@ def load(paths: MirrorPaths, name: str, version: str) -> PublishedManifest | Non
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return manifest
-
-
-def check_room(paths: MirrorPaths, needed_bytes: int, promised_bytes: int, limits: Limits) -> None:
-    """Raise NoRoom when `needed_bytes` more, besides `promised_bytes` under way, would pass a cap.
-
-    The figures of the volume stay out of the message: they change all the time, and with them the state
-    file would.
-    """
-    more = needed_bytes + promised_bytes
-    if shutil.disk_usage(paths.adapters_dir).free - more < limits.free_bytes:
-        raise NoRoom(f"no room for {needed_bytes} bytes: {limits.free_bytes} must stay free on the volume")
-    if limits.disk_bytes is not None and _used_bytes(paths) + more > limits.disk_bytes:
-        raise NoRoom(f"no room for {needed_bytes} bytes: all versions together may take {limits.disk_bytes}")
-
-
-def _used_bytes(paths: MirrorPaths) -> int:
-    """The size of all files of all versions, each counted once however many links it has."""
-    sizes = {}
-    for folder, _, names in os.walk(paths.versions):
-        for name in names:
-            status = Path(folder, name).lstat()
-            sizes[status.st_dev, status.st_ino] = status.st_size
-    return sum(sizes.values())
 
 
 def write_state(state_file: Path, state: MirrorState) -> None:

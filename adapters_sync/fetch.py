@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -50,7 +51,9 @@ async def fetch(
 
     async def one(file: RemoteFile) -> tuple[PublishedFile, int]:
         async with gate:
-            linked = await in_thread(_link, previous, file, staging)
+            linked = None
+            if _known(previous, file) is not None:
+                linked = await in_thread(_link, previous, file, staging)
             published = linked or await _download(remote, adapter.name, file, staging / file.path)
         _check_digest(published, sha256)
         return published, 0 if linked else file.size
@@ -92,17 +95,21 @@ def _known(previous: Previous | None, file: RemoteFile) -> PublishedFile | None:
 async def _download(remote: Remote, adapter_name: str, file: RemoteFile, target: Path) -> PublishedFile:
     key = f"{adapter_name}/{file.path}"
     sink = _Sink(target)
+    last, count = b"", 0
     try:
         async with aclosing(remote.read(key, file.etag)) as chunks:
             async for chunk in chunks:
-                if sink.count + len(chunk) > file.size:
+                count += len(chunk)
+                if count > file.size:
                     raise ObjectChanged(key)  # never write more than was listed and counted against the caps
-                await in_thread(sink.write, chunk)
-        if sink.count != file.size:
+                if last:
+                    await in_thread(sink.write, last)
+                last = chunk
+        if count != file.size:
             raise ObjectChanged(key)
-        await in_thread(sink.flush)
+        await in_thread(sink.finish, last)  # with the end of the file, so a small one is one step
     finally:
-        await in_thread(sink.close)
+        sink.close()
     return PublishedFile(
         name=file.path, size=file.size, sha256=sink.sha256, etag=file.etag, version_id=file.version_id
     )
@@ -115,26 +122,34 @@ def _check_digest(file: PublishedFile, sha256: Mapping[str, str]) -> None:
 
 
 class _Sink:
-    """A new file that counts and hashes what is written to it, and is read-only in the end."""
+    """A new file that hashes what is written to it, and is read-only and on the disk in the end."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+        self._path = path
+        self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
-        self.count = 0
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
     def write(self, chunk: bytes) -> None:
-        self._file.write(chunk)
+        if self._file is None:
+            self._file = self._path.open("xb", buffering=0)
+        left = memoryview(chunk)
+        while left:
+            left = left[self._file.write(left) :]
         self._digest.update(chunk)
-        self.count += len(chunk)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def finish(self, chunk: bytes) -> None:
+        """Write the last of it, and bring all of it to the disk."""
+        self.write(chunk)
+        assert self._file is not None
         os.fchmod(self._file.fileno(), 0o444)
         os.fsync(self._file.fileno())
+        self.close()
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing waits to be written, so this does not block."""
+        if self._file is not None:
+            self._file.close()

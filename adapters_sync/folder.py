@@ -1,7 +1,8 @@
 """Is this folder a LoRA adapter that could be served? Reads the configuration and the headers, no weights.
 
 The worker checks every tensor against the base model when it loads the adapter; what is refused here is
-what no base model could serve, so that it never reaches a worker.
+what no base model could serve, and what the one at hand could not where it is known, so that it never
+reaches a worker.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from adapters_sync.base_model import BaseModel
 from adapters_sync.errors import InvalidAdapter
 from adapters_sync.header import TensorInfo, read_header
 from adapters_sync.names import (
@@ -27,6 +29,8 @@ from adapters_sync.names import (
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TARGET_MODULES = 10_000
+MAX_RANK = 16_384
+"""No module gains from a larger rank than it has features."""
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,20 +45,24 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """`base_model_name_or_path`, as the configuration says it."""
 
 
-def check_folder(path: Path, *, max_rank: int | None = None) -> AdapterSummary:
+def check_folder(path: Path, *, max_rank: int | None = None, base: BaseModel | None = None) -> AdapterSummary:
     """Check an adapter's folder without loading a weight.
 
     Raises InvalidAdapter with a reason that names the file or field, the value and the limit. `max_rank`
-    None accepts every rank. Blocking: reads the configuration and the safetensors headers.
+    None accepts every rank up to MAX_RANK, `base` None every module. Blocking: reads the configuration and
+    the safetensors headers.
     """
+    limits = [max_rank, base.max_lora_rank if base is not None else None, MAX_RANK]
     files = carried_files(path)
     for name in REQUIRED_FILES:
         if name not in files:
             raise InvalidAdapter(_why_missing(path, name))
     config = _read_config(path / CONFIG_FILE)
-    rank = _check_config(config, max_rank)
+    rank = _check_config(config, min(limit for limit in limits if limit is not None))
     headers = {name: read_header(path / name) for name in files if name.endswith(".safetensors")}
     _check_is_lora(headers[WEIGHTS_FILE])
+    if base is not None:
+        base.check(headers[WEIGHTS_FILE])
     base_model = config.get("base_model_name_or_path")
     return AdapterSummary(
         rank=rank,
@@ -103,7 +111,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InvalidAdapter(f"{path.name} is not a JSON object: {error}") from error
 
 
-def _check_config(config: Mapping[str, Any], max_rank: int | None) -> int:
+def _check_config(config: Mapping[str, Any], max_rank: int) -> int:
     """The largest rank the configuration asks for, when everything that is checked here is right."""
     if config.get("peft_type") != "LORA":
         kind = _value(config.get("peft_type"))
@@ -112,15 +120,22 @@ def _check_config(config: Mapping[str, Any], max_rank: int | None) -> int:
     for field, rank in ranks.items():
         if type(rank) is not int or rank < 1:
             raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {_value(rank)}; it must be 1 or more")
-        if max_rank is not None and rank > max_rank:
-            raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {rank}; the limit is {max_rank}")
+        if rank > max_rank:
+            raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {_value(rank)}; the limit is {max_rank}")
     for field, alpha in {"lora_alpha": config.get("lora_alpha"), **_pattern(config, "alpha_pattern")}.items():
         if field == "lora_alpha" and alpha is None:
             continue  # PEFT's default applies
-        if type(alpha) not in {int, float} or not math.isfinite(alpha):
+        if not _is_finite(alpha):
             raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {_value(alpha)}; it must be a finite number")
     _check_targets(config.get("target_modules"))
     return int(max(ranks.values()))
+
+
+def _is_finite(number: object) -> bool:
+    try:
+        return type(number) in {int, float} and math.isfinite(number)  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -152,5 +167,8 @@ def _value(value: object) -> str:
     """A value from a JSON document as JSON, in ASCII and not longer than a line."""
     if value is None:
         return "missing"
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "nested too deeply"
     return text if len(text) <= 100 else text[:97] + "..."

@@ -4,27 +4,35 @@
     <root>/<model_id>/.versions/<name>/<version>/   never changes once published; holds manifest.json
     <root>/<model_id>/.staging/                     work in progress; emptied when a pass begins
     <root>/<model_id>/.state.json                   what the mirror thinks of every adapter
+    <root>/<model_id>/.base_model.json              what adapters can apply to; the worker writes it, if any
     <root>/<model_id>/.lock                         held by the syncer at work
 
 A plain folder of adapters, without links, is read too; the digest of its files is then the version.
 
 A reader resolves a name once and keeps the AdapterFolder: the link may move on at any time, the folder it
-led to stays for the mirror's grace time. A version is always 64 hexadecimal digits: nobody types it, and a
-whole sha256 leaves nothing to argue about collisions.
+led to stays for the mirror's grace time, and then for as long as somebody holds it. A hold is a shared lock
+on the version's folder, which the mirror respects in whatever process it runs and which ends with its
+holder; a reader that finds the version gone when it comes to hold it resolves the name again. A damaged
+version is mended where it stands, so a hold outlives that too.
+
+A version is always 64 hexadecimal digits: nobody types it, and a whole sha256 leaves nothing to argue about
+collisions.
 """
 
 import functools
 import hashlib
 import os
-import re
 import time
 from pathlib import Path
 
 import msgspec
 
+from adapters_sync.base_model import BaseModel, write_base_model
 from adapters_sync.errors import InvalidAdapter
 from adapters_sync.folder import AdapterSummary, carried_files, check_folder
-from adapters_sync.names import CONFIG_FILE, PUBLISHED_MANIFEST, is_adapter_name
+from adapters_sync.hold import Hold, hold
+from adapters_sync.names import CONFIG_FILE, is_adapter_name
+from adapters_sync.paths import AdapterFolder, MirrorPaths, is_version
 from adapters_sync.state import AdapterState, AdapterStatus, MirrorState, read_state
 
 __all__ = [
@@ -32,78 +40,23 @@ __all__ = [
     "AdapterState",
     "AdapterStatus",
     "AdapterSummary",
+    "BaseModel",
+    "Hold",
     "InvalidAdapter",
     "MirrorPaths",
     "MirrorState",
     "check_folder",
+    "hold",
     "is_adapter_name",
     "is_version",
     "read_state",
     "resolve",
     "scan",
+    "write_base_model",
 ]
 
-_VERSION = re.compile(r"[0-9a-f]{64}")
 _SETTLED_NS = 2_000_000_000
 _CHUNK_BYTES = 1 << 20
-
-
-class MirrorPaths(msgspec.Struct, frozen=True):
-    """Where things are, from the adapters folder. All but the links live beside it, in its parent."""
-
-    adapters_dir: Path
-
-    @property
-    def versions(self) -> Path:
-        return self.adapters_dir.parent / ".versions"
-
-    @property
-    def staging(self) -> Path:
-        return self.adapters_dir.parent / ".staging"
-
-    @property
-    def state_file(self) -> Path:
-        return self.adapters_dir.parent / ".state.json"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.adapters_dir.parent / ".lock"
-
-    def link(self, name: str) -> Path:
-        return self.adapters_dir / name
-
-    def version_dir(self, name: str, version: str) -> Path:
-        return self.versions / name / version
-
-    def manifest(self, name: str, version: str) -> Path:
-        return self.version_dir(name, version) / PUBLISHED_MANIFEST
-
-    def link_target(self, name: str, version: str) -> str:
-        """What the link of an adapter says: relative, so that the volume can be mounted anywhere."""
-        return f"../.versions/{name}/{version}"
-
-    def linked_version(self, name: str) -> str | None:
-        """The version that the link of this name points to; None when there is no such link of ours."""
-        try:
-            target = self.link(name).readlink().as_posix()
-        except OSError:
-            return None
-        version = target.rpartition("/")[2]
-        return version if is_version(version) and target == self.link_target(name, version) else None
-
-
-class AdapterFolder(msgspec.Struct, frozen=True):
-    """One version of one adapter on disk."""
-
-    name: str
-    version: str
-    path: Path
-    """The version's own folder, links resolved. Below `.versions` its content never changes."""
-
-
-def is_version(text: str) -> bool:
-    """True for 64 lower-case hexadecimal digits."""
-    return _VERSION.fullmatch(text) is not None
 
 
 def resolve(adapters_dir: Path, name: str) -> AdapterFolder | None:

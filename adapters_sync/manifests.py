@@ -17,7 +17,7 @@ class UploadedFile(msgspec.Struct, frozen=True):
     """One file as its uploader read it. `name` is the path below the adapter's folder."""
 
     name: str
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     sha256: _Sha256
 
 

@@ -48,6 +48,10 @@ class Memory:
         """Remember not to fetch this upload again."""
         self._refusals[adapter.name] = (adapter, reason)
 
+    def forget_refusals(self) -> None:
+        """What was refused under other conditions is to be judged anew."""
+        self._refusals = {}
+
     def refusal(self, adapter: RemoteAdapter) -> str | None:
         """Why exactly this upload was refused, if it was."""
         refused, reason = self._refusals.get(adapter.name, (None, None))

@@ -8,6 +8,7 @@ Three different answers:
   * the rest is carried.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -47,6 +48,7 @@ def fault_in_name(name: str) -> str | None:
     return f"the name {shown(name)} does not match [A-Za-z0-9][A-Za-z0-9._-]{{0,127}}"
 
 
+@functools.lru_cache(maxsize=4096)  # thousands of adapters have the same few files, at every pass
 def fault_in_path(path: str) -> str | None:
     """Why a path below an adapter's folder is refused, or None. Paths have `/` between segments."""
     segments = path.split("/")
@@ -76,6 +78,7 @@ def _fault_in_segment(segment: str) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def why_skipped(path: str) -> str | None:
     """Why a file with an acceptable path is not carried, or None when it is."""
     name = path.rpartition("/")[2]

@@ -1,10 +1,12 @@
 """One pass of the mirror: list, look, judge, plan, act. The caller holds the mirror's lock."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping
 
 from adapters_sync import disk
+from adapters_sync.base_model import BaseModelFile
 from adapters_sync.complete import Complete, Hopeless, Incomplete, judge
 from adapters_sync.disk import OnDisk
 from adapters_sync.errors import InvalidAdapter, ObjectChanged, RemoteUnavailable
@@ -13,27 +15,39 @@ from adapters_sync.layout import MirrorPaths
 from adapters_sync.memory import Memory
 from adapters_sync.options import Clock, MirrorOptions
 from adapters_sync.plan import Action, Decision, Desired, Local, plan
-from adapters_sync.publish import collect
+from adapters_sync.publish import collect, settle
 from adapters_sync.remote import Remote
 from adapters_sync.report import FailureKind, PassReport, Trouble, status_of
 from adapters_sync.tasks import all_done, in_thread
 from adapters_sync.workshop import Outcome, Workshop
 
 _NOT_ASKED = Incomplete("not looked at")
+_UNKNOWN = Incomplete("to be looked at")
+_CHANGES = frozenset({Decision.PUBLISH, Decision.DELETE})
+_NOTHING = Outcome()
 
 
 class Passes:
-    """Runs passes over one volume, one at a time, and remembers between them what `plan` needs."""
+    """Runs passes over one volume, one at a time, and remembers between them what `plan` needs.
+
+    What takes time for each adapter is done in a thread: with thousands of them, the event loop may have
+    others to serve.
+    """
 
     def __init__(self, remote: Remote, paths: MirrorPaths, options: MirrorOptions, clock: Clock) -> None:
         self._remote = remote
         self._paths = paths
         self._options = options
         self._clock = clock
-        self._workshop = Workshop(remote, paths, options.limits, clock.now, options.files_at_once)
+        self._base = BaseModelFile(paths)
+        self._workshop = Workshop(
+            remote, paths, options.limits, clock.now, options.files_at_once, base=self._base
+        )
         self._gate = asyncio.Semaphore(options.adapters_at_once)
         self._memory = Memory()
         self._on_disk: dict[str, OnDisk] = {}
+        self._collect_from = -math.inf
+        """When there may be something to collect, as far as the last look could tell."""
 
     async def run(self) -> PassReport:
         """One pass over every adapter. Raises RemoteUnavailable when the listing failed, and OSError when the
@@ -41,36 +55,48 @@ class Passes:
         """
         await in_thread(disk.tidy, self._paths)
         inventory = await self._list()
-        self._on_disk = await in_thread(disk.look, self._paths, self._on_disk)
+        before, self._on_disk = self._on_disk, await in_thread(disk.look, self._paths, self._on_disk)
         linked = {name for name, one in self._on_disk.items() if one.version is not None}
         self._memory.note_listing(inventory, linked, self._clock.monotonic())
         self._workshop.forget_all_but(inventory)
+        if await in_thread(self._base.look):
+            self._memory.forget_refusals()
 
-        judged = await all_done(self._judge(adapter) for adapter in inventory.values())
-        desired = {one.adapter.name: one for one, _ in judged}
+        desired = await in_thread(self._remember, inventory)
+        judged = await all_done(
+            self._judge(one.adapter) for one in desired.values() if one.verdict is _UNKNOWN
+        )
+        desired |= {one.adapter.name: one for one, _ in judged}
         troubles = {one.adapter.name: trouble for one, trouble in judged}
         local = {name: Local(one.version, one.manifest is not None) for name, one in self._on_disk.items()}
-        actions = plan(desired, local, self._memory.absences, allow_empty=self._options.allow_empty)
-        outcomes = await all_done(
-            self._act(action, desired.get(action.name), troubles.get(action.name)) for action in actions
+        actions = await in_thread(
+            plan, desired, local, self._memory.absences, allow_empty=self._options.allow_empty
         )
-        collected = await in_thread(collect, self._paths, self._clock.now(), self._options.grace_seconds)
-        return self._report(actions, desired, outcomes, collected)
+        outcomes = {name: Outcome(trouble=trouble) for name, trouble in troubles.items()}
+        outcomes |= await self._act([one for one in actions if one.decision in _CHANGES], desired)
+        collected = await self._collect(changed=before != self._on_disk)
+        return await in_thread(self._report, actions, desired, outcomes, collected)
 
     async def _list(self) -> dict[str, RemoteAdapter]:
         try:
-            return take_inventory(await self._remote.list(), self._options.limits)
+            return await in_thread(take_inventory, await self._remote.list(), self._options.limits)
         except RemoteUnavailable:
             self._memory.note_failed_listing()
             raise
 
-    async def _judge(self, adapter: RemoteAdapter) -> tuple[Desired, Trouble | None]:
-        """What is known about an upload, asking S3 for its manifest only where that matters."""
+    def _remember(self, inventory: Mapping[str, RemoteAdapter]) -> dict[str, Desired]:
+        """What is known about uploads without asking; the verdict is _UNKNOWN where one is needed."""
+        return {name: self._remembered(adapter) for name, adapter in inventory.items()}
+
+    def _remembered(self, adapter: RemoteAdapter) -> Desired:
         refused = self._memory.refusal(adapter)
         served = self._on_disk.get(adapter.name)
         is_served = served is not None and served.manifest is not None and served.version == adapter.version
-        if is_served or adapter.fault is not None or refused is not None:
-            return Desired(adapter, _NOT_ASKED, refused), None
+        is_clear = is_served or adapter.fault is not None or refused is not None
+        return Desired(adapter, _NOT_ASKED if is_clear else _UNKNOWN, refused)
+
+    async def _judge(self, adapter: RemoteAdapter) -> tuple[Desired, Trouble | None]:
+        """Whether an upload is complete, asking S3 for its manifest."""
         try:
             manifest = await self._workshop.upload_manifest(adapter)
         except InvalidAdapter as error:
@@ -82,13 +108,30 @@ class Passes:
         quiet = self._memory.quiet(adapter.name, self._clock.monotonic())
         return Desired(adapter, judge(adapter, manifest, quiet, self._options.settle_seconds)), None
 
-    async def _act(self, action: Action, desired: Desired | None, trouble: Trouble | None) -> Outcome:
-        if action.decision is Decision.DELETE:
-            return await self._delete(action.name)
-        if action.decision is Decision.PUBLISH:
-            assert desired is not None
-            return await self._publish(desired)
-        return Outcome(trouble=trouble)
+    async def _act(self, actions: list[Action], desired: Mapping[str, Desired]) -> dict[str, Outcome]:
+        """Carry out what changes the volume, all of it together; the outcomes by name."""
+        if not actions:
+            return {}
+        await self._workshop.measure_room()
+        done = await all_done(
+            self._delete(one.name) if one.decision is Decision.DELETE else self._publish(desired[one.name])
+            for one in actions
+        )
+        await in_thread(settle, self._paths)
+        self._collect_from = -math.inf
+        return {action.name: outcome for action, outcome in zip(actions, done, strict=True)}
+
+    async def _collect(self, *, changed: bool) -> int:
+        """Remove old versions, if by now there may be any: it takes a look at every adapter."""
+        now = self._clock.now()
+        if changed:
+            self._collect_from = -math.inf
+        if now < self._collect_from:
+            return 0
+        collected, self._collect_from = await in_thread(
+            collect, self._paths, now, self._options.grace_seconds
+        )
+        return collected
 
     async def _delete(self, name: str) -> Outcome:
         outcome = await self._workshop.delete(name)
@@ -110,10 +153,15 @@ class Passes:
         return outcome
 
     def _report(
-        self, actions: list[Action], desired: Mapping[str, Desired], outcomes: list[Outcome], collected: int
+        self,
+        actions: list[Action],
+        desired: Mapping[str, Desired],
+        outcomes: Mapping[str, Outcome],
+        collected: int,
     ) -> PassReport:
         statuses, published, deleted = [], [], []
-        for action, outcome in zip(actions, outcomes, strict=True):
+        for action in actions:
+            outcome = outcomes.get(action.name, _NOTHING)
             on_disk = self._on_disk.get(action.name)
             if outcome.on_disk is not None:
                 published.append(f"{action.name}@{outcome.on_disk.version}")
@@ -128,8 +176,8 @@ class Passes:
             published=tuple(published),
             deleted=tuple(deleted),
             collected=collected,
-            fetched_bytes=sum(outcome.fetched_bytes for outcome in outcomes),
-            failures=Counter(one.trouble.kind for one in outcomes if one.trouble is not None),
+            fetched_bytes=sum(outcome.fetched_bytes for outcome in outcomes.values()),
+            failures=Counter(one.trouble.kind for one in outcomes.values() if one.trouble is not None),
             unsettled=any(_waits_for_time(action, desired.get(action.name)) for action in actions),
         )
 

@@ -6,14 +6,18 @@ read in ranges without IfMatch and can mix two objects without an error.
 
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import aioboto3
 import aiohttp
 from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.utils import parse_timestamp
 
 from adapters_sync.errors import ObjectChanged, RemoteUnavailable
 from adapters_sync.inventory import RemoteFile
@@ -41,12 +45,27 @@ async def connect(source: S3Prefix) -> AsyncIterator["Remote"]:
         tcp_keepalive=True,
     )
     with _mapped_errors(f"connect to {source}"):
-        context = aioboto3.Session().client("s3", config=config)
+        context = aioboto3.Session(botocore_session=_session()).client("s3", config=config)
         client = await context.__aenter__()
     try:
         yield Remote(client, source)
     finally:
         await context.__aexit__(None, None, None)
+
+
+def _session() -> AioSession:
+    """The SDK's own session, but for its way with time stamps, which would take half of a listing's time."""
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
+    return session
+
+
+def _timestamp(text: str) -> datetime:
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):  # as in listings, as in headers
+        with suppress(ValueError):
+            return parse(text)
+    found: datetime = parse_timestamp(text)
+    return found
 
 
 class Remote:

@@ -5,10 +5,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
 
 from adapters_sync.report import PassReport
 from adapters_sync.state import AdapterStatus
+from adapters_sync.survey import AdapterLine, Survey
+
+COLUMNS = ("name", "version", "rank", "size", "tier", "state", "reason")
+_DIGITS = 12
 
 
 def report_lines(report: PassReport) -> list[str]:
@@ -26,10 +33,41 @@ def report_lines(report: PassReport) -> list[str]:
 
 
 def _line(adapter: AdapterStatus) -> str:
-    version = adapter.version[:12] if adapter.version else "-"
-    name = adapter.name.encode("unicode_escape").decode()
+    version = adapter.version[:_DIGITS] if adapter.version else "-"
+    name = _printable(adapter.name)
     reason = f"  {adapter.reason}" if adapter.reason else ""
     return f"{adapter.state:<8} {version:<12}  {name}{reason}"
+
+
+def show_survey(survey: Survey) -> None:
+    """A table on a terminal; elsewhere a line for each adapter, its columns between tabs, sizes in bytes."""
+    if sys.stdout.isatty():
+        table = Table(*COLUMNS, box=None, pad_edge=False)
+        for line in survey.adapters:
+            size = "-" if line.bytes is None else decimal(line.bytes)
+            table.add_row(*(Text(cell) for cell in _cells(line, size)))
+        Console().print(table)
+    else:
+        for line in survey.adapters:
+            size = "-" if line.bytes is None else str(line.bytes)
+            sys.stdout.write("\t".join(_cells(line, size)) + "\n")
+
+
+def _cells(line: AdapterLine, size: str) -> list[str]:
+    return [
+        _printable(line.name),
+        line.version[:_DIGITS] if line.version else "-",
+        "-" if line.rank is None else str(line.rank),
+        size,
+        _printable(line.tier or "-"),
+        line.state,
+        _printable(line.reason or "-"),
+    ]
+
+
+def _printable(text: str) -> str:
+    """Text from outside on one line and without control characters."""
+    return text.encode("unicode_escape").decode()
 
 
 @contextmanager

@@ -2,19 +2,23 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_THREADS = ThreadPoolExecutor(8, thread_name_prefix="adapters-sync")
+"""Threads of our own: a mirror that waits for the disk must not keep a worker's own short calls waiting."""
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Like asyncio.to_thread, but a cancelled caller first waits for the thread to end.
+    """Call a function in a thread; a cancelled caller first waits for it to end.
 
     A thread cannot be stopped. One that outlived its caller would write to the volume after the mirror's
     lock was given back.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    work = asyncio.get_running_loop().run_in_executor(_THREADS, partial(function, *args, **kwargs))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from adapters_sync import disk, publish
+from adapters_sync.base_model import BaseModelFile
 from adapters_sync.disk import OnDisk
 from adapters_sync.errors import InvalidAdapter, NoRoom, ObjectChanged, RemoteUnavailable
 from adapters_sync.fetch import Fetched, Previous, bytes_to_fetch, fetch
@@ -19,6 +20,7 @@ from adapters_sync.manifests import PublishedManifest, UploadManifest
 from adapters_sync.names import UPLOAD_MANIFEST
 from adapters_sync.remote import Remote
 from adapters_sync.report import FailureKind, Trouble
+from adapters_sync.room import Room
 from adapters_sync.tasks import in_thread
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Workshop:
     """Publishes adapters onto one volume. The caller holds the mirror's lock.
 
     `time` tells seconds since the Unix epoch; `files_at_once` bounds the files under way, all adapters
-    together.
+    together; `base` says what adapters must fit.
     """
 
     def __init__(
@@ -46,14 +48,17 @@ class Workshop:
         limits: Limits,
         time: Callable[[], float],
         files_at_once: int,
+        *,
+        base: BaseModelFile,
     ) -> None:
         self._remote = remote
         self._paths = paths
         self._limits = limits
         self._time = time
+        self._base = base
         self._gate = asyncio.Semaphore(files_at_once)
         self._manifests: dict[str, tuple[RemoteFile, UploadManifest]] = {}
-        self._promised_bytes = 0
+        self._room = Room(paths, limits)
 
     async def upload_manifest(self, adapter: RemoteAdapter) -> UploadManifest | None:
         """What the adapter's `_manifest.json` says, read once for each upload of it; None when it has none.
@@ -74,6 +79,10 @@ class Workshop:
             raise InvalidAdapter(f"{UPLOAD_MANIFEST} is not a manifest: {error}") from error
         self._manifests[adapter.name] = (adapter.manifest, manifest)
         return manifest
+
+    async def measure_room(self) -> None:
+        """See how much room the volume has. To be called before the first `publish` of a pass."""
+        await self._room.measure()
 
     async def publish(
         self, adapter: RemoteAdapter, sha256: Mapping[str, str], before: OnDisk | None
@@ -119,6 +128,8 @@ class Workshop:
         fetched_bytes = 0
         if manifest is None:
             manifest, fetched_bytes = await self._bring(adapter, sha256, self._previous(name, before))
+        else:  # on the volume since other times
+            await in_thread(self._check, self._paths.version_dir(name, version))
         await in_thread(publish.flip, self._paths, name, version, self._time())
         return Outcome(on_disk=OnDisk(version, manifest), fetched_bytes=fetched_bytes)
 
@@ -127,26 +138,24 @@ class Workshop:
     ) -> tuple[PublishedManifest, int]:
         """Put a version on the volume, where nobody sees it yet; the bytes that came from S3 are told too."""
         staging = self._paths.staging / adapter.name
-        needed, promised = bytes_to_fetch(adapter, previous), self._promised_bytes
-        self._promised_bytes += needed
-        try:
-            await in_thread(disk.check_room, self._paths, needed, promised, self._limits)
+        async with self._room.claim(bytes_to_fetch(adapter, previous)):
             fetched = await fetch(
                 self._remote, adapter, staging, sha256=sha256, previous=previous, gate=self._gate
             )
             manifest = await in_thread(self._check_and_install, adapter, staging, fetched)
-        finally:
-            self._promised_bytes -= needed
         return manifest, fetched.fetched_bytes
 
     def _check_and_install(
         self, adapter: RemoteAdapter, staging: Path, fetched: Fetched
     ) -> PublishedManifest:
-        summary = check_folder(staging, max_rank=self._limits.rank)
+        summary = self._check(staging)
         manifest = self._manifest(adapter, fetched, summary)
         publish.seal(staging, manifest, manifest.published_at)
         publish.install(self._paths, staging, adapter.name, adapter.version)
         return manifest
+
+    def _check(self, folder: Path) -> AdapterSummary:
+        return check_folder(folder, max_rank=self._limits.rank, base=self._base.model)
 
     def _manifest(
         self, adapter: RemoteAdapter, fetched: Fetched, summary: AdapterSummary

@@ -1,27 +1,40 @@
+import asyncio
 import functools
 import itertools
-from collections.abc import Iterator
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
+from aiohttp import web
 from botocore.loaders import JSONFileLoader
-from moto.server import ThreadedMotoServer
+from typer.testing import CliRunner
 
+from adapters_sync.cli import app
+from tests.sync import servers
 from tests.sync.builders import Bucket, World
 from tests.sync.memory_s3 import MemoryBucket
 
 _numbers = itertools.count()
 
 
+SERVERS = ("moto", "seaweedfs") if servers.weed() else ("moto",)
+
+
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def moto_address() -> Iterator[str]:
+    with servers.moto() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_address() -> Iterator[str]:
+    with servers.seaweedfs() as address:
+        yield address
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -33,36 +46,45 @@ def _service_models_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def aws(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_endpoint)
-    return s3_endpoint
-
-
 @pytest.fixture(scope="session")
-def s3_client(s3_endpoint: str) -> Iterator[Any]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="testing",
-        aws_secret_access_key="testing",
-    )
-    yield client
-    client.close()
+def s3_client() -> Iterator[Callable[[str], Any]]:
+    """Gives a client for the server at an address, the same one each time."""
+    with ExitStack() as stack:
+
+        @functools.cache
+        def connect(address: str) -> Any:
+            client = servers.client(address)
+            stack.callback(client.close)
+            return client
+
+        yield connect
 
 
 @pytest.fixture
-def bucket(aws: str, s3_client: Any) -> Bucket:
-    name = f"mirror-{next(_numbers)}"
-    s3_client.create_bucket(Bucket=name)
-    return Bucket(s3_client, name)
+def make_bucket(
+    request: pytest.FixtureRequest, s3_client: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Bucket]:
+    """Makes a bucket on a server of this name, which the SDK then talks to until the end of the test."""
+
+    def make(server: str) -> Bucket:
+        address = request.getfixturevalue(f"{server}_address")
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", servers.REGION)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        bucket = Bucket(s3_client(address), f"mirror-{next(_numbers)}")
+        bucket.client.create_bucket(Bucket=bucket.name)
+        return bucket
+
+    return make
+
+
+@pytest.fixture(params=SERVERS)
+def bucket(request: pytest.FixtureRequest, make_bucket: Callable[[str], Bucket]) -> Bucket:
+    return make_bucket(request.param)
 
 
 @pytest.fixture
@@ -73,12 +95,48 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def s3_world(bucket: Bucket, tmp_path: Path) -> World:
-    """The same with an S3 server."""
+    """The same with a server."""
     return World(bucket, tmp_path)
 
 
-@pytest.fixture(params=["memory", "server"])
-def any_world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    if request.param == "memory":
-        return World(MemoryBucket(), tmp_path)
-    return World(request.getfixturevalue("bucket"), tmp_path)
+@pytest.fixture(params=["memory", *SERVERS])
+def any_world(request: pytest.FixtureRequest, make_bucket: Callable[[str], Bucket], tmp_path: Path) -> World:
+    return World(MemoryBucket() if request.param == "memory" else make_bucket(request.param), tmp_path)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command of `loramill`'s sync side in an environment without settings."""
+    for name in [name for name in os.environ if name.startswith("LORAMILL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)  # the log is pytest's
+    return lambda *args, app=app: CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[web.Request], Awaitable[web.Response]]], str]]:
+    """Serves `GET /adapters` in a thread until the end of the test, and gives the server's address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    runners = []
+
+    def start(handler: Callable[[web.Request], Awaitable[web.Response]]) -> str:
+        served = web.Application()
+        served.add_routes([web.get("/adapters", handler)])
+        runner = web.AppRunner(served, access_log=None)
+
+        async def listen() -> str:
+            await runner.setup()
+            runners.append(runner)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            return f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+        return asyncio.run_coroutine_threadsafe(listen(), loop).result(10)
+
+    yield start
+    for runner in runners:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

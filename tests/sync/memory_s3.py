@@ -46,8 +46,9 @@ class MemoryBucket(AdapterUploads):
         data, _ = self.objects.get(path, (None, 0))
         if data is None or _etag(data) != etag:
             raise ObjectChanged(path)
-        for start in range(0, len(data), 100):
-            yield data[start : start + 100]
+        step = max(100, len(data) // 16)
+        for start in range(0, len(data), step):
+            yield data[start : start + step]
 
 
 def _etag(data: bytes) -> str:

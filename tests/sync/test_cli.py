@@ -1,8 +1,7 @@
-"""The two commands as people run them."""
+"""`sync` and `push` as people run them."""
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -20,14 +19,6 @@ from adapters_sync.layout import resolve, scan
 from tests.sync.builders import adapter_files, weights, write_folder
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from adapters_sync.cli import app; app()"
-
-
-@pytest.fixture
-def cli(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("LORAMILL_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)  # the log is pytest's
-    return lambda *args, app=app: CliRunner().invoke(app, list(map(str, args)))
 
 
 def test_sync_once_mirrors_and_tells(s3_world, cli):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from adapters_sync.layout import check_folder, scan
+from adapters_sync.layout import check_folder, hold, resolve, scan
 from tests.sync.builders import WEIGHTS, weights
 
 STEPS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "link", "fsync", "utime", "fchmod")
@@ -38,11 +38,14 @@ class Guillotine:
         def guarded(*args, **kwargs):
             if self.left == 0:
                 self.fell_on = self.fell_on or name
-                raise Killed(name)
+                self.fall(name)
             self.left -= 1
             return real(*args, **kwargs)
 
         return guarded
+
+    def fall(self, name):
+        raise Killed(name)
 
 
 def contents(world):
@@ -103,6 +106,33 @@ def test_a_kill_between_any_two_steps_is_mended_by_the_next_start(world, monkeyp
         assert len(list(world.paths.versions.glob("*/*"))) == len(AFTER)
     assert step > 30
     assert {"rename", "replace", "symlink", "unlink", "fsync", "utime"} <= fell_on
+
+
+def test_a_kill_while_a_damaged_version_is_mended_is_mended_by_the_next_start(world, monkeypatch):
+    prepare(world)
+    damaged = resolve(world.adapters_dir, "kept").path / WEIGHTS
+    damaged.unlink()
+    damaged.mkdir()
+    volume = world.adapters_dir.parent
+    pristine = volume.with_name("pristine")
+    volume.rename(pristine)
+    fell_on = set()
+    for step in range(1000):
+        shutil.rmtree(volume, ignore_errors=True)
+        shutil.copytree(pristine, volume, symlinks=True)
+        with monkeypatch.context() as patch, hold(resolve(world.adapters_dir, "kept")):
+            guillotine = Guillotine(patch, step)
+            try:
+                world.sync()
+            except Killed:
+                fell_on.add(guillotine.fell_on)
+        if guillotine.fell_on is None:
+            break
+        assert world.sync().ok
+        assert contents(world) == {"kept": 1, "changed": 1, "removed": 1}
+        assert not list(world.paths.staging.iterdir())
+    assert step > 15
+    assert {"replace", "fsync"} <= fell_on
 
 
 @pytest.mark.parametrize("leftover", ["staged folder", "staged file", "flip", "state"])

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import struct
 
@@ -8,8 +9,16 @@ from hypothesis import strategies as st
 
 from adapters_sync.errors import InvalidAdapter
 from adapters_sync.folder import carried_files, check_folder
-from adapters_sync.header import read_header
+from adapters_sync.header import MAX_HEADER_BYTES, read_header
 from tests.sync.builders import CONFIG, WEIGHTS, adapter_files, config, safetensors, weights, write_folder
+
+
+def doubled(tensors, data):
+    """A file whose header has its one entry twice."""
+    entry = json.dumps(tensors)[1:-1]
+    header = f"{{{entry}, {entry}}}".encode()
+    return struct.pack("<Q", len(header)) + header + data
+
 
 ONE = {"lora_A": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
@@ -57,6 +66,8 @@ def test_real_safetensors_files_pass(tmp_path):
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0"),
         ({"rank_pattern": [1]}, "rank_pattern is [1]"),
         ({"lora_alpha": "x"}, "lora_alpha is"),
+        ({"lora_alpha": 10**400}, "it must be a finite number"),
+        ({"r": 10**400}, "r is 1000"),
         ({"alpha_pattern": {"q": True}}, "alpha_pattern['q'] is true"),
         ({"target_modules": 3}, "target_modules is 3"),
         ({"target_modules": [3]}, "target_modules is [3]"),
@@ -140,6 +151,11 @@ def test_tensors_that_are_no_lora_are_refused(tmp_path):
             safetensors(ONE | {"y": ONE["lora_A"]}, bytes(8)),
             "begins at offset 0, and the one before it ends at 8",
         ),
+        (safetensors({"x": ONE["lora_A"] | {"shape": [1] * 9}}, bytes(8)), "length <= 8"),
+        (safetensors({"x": ONE["lora_A"] | {"shape": [1 << 63]}}, bytes(8)), "<= 9223372036854775807"),
+        (safetensors({"x": ONE["lora_A"] | {"shape": [int("9" * 4000)] * 8}}, b""), "<= 9223372036854775807"),
+        (struct.pack("<Q", 1 << 63) + b"{}", "a header of 9223372036854775808 bytes does not fit"),
+        (doubled(ONE, bytes(8)), "has the name 'lora_A' twice"),
     ],
 )
 def test_a_file_that_is_not_whole_and_sane_is_refused(tmp_path, data, reason):
@@ -153,9 +169,9 @@ def test_a_file_that_is_not_whole_and_sane_is_refused(tmp_path, data, reason):
 def test_a_header_over_the_cap_is_refused_unread(tmp_path):
     path = tmp_path / WEIGHTS
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", 100_000_001))
-        file.truncate(200_000_000)  # sparse
-    with pytest.raises(InvalidAdapter, match="the limit is 100000000"):
+        file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+        file.truncate(2 * MAX_HEADER_BYTES)  # sparse
+    with pytest.raises(InvalidAdapter, match=f"the limit is {MAX_HEADER_BYTES}"):
         read_header(path)
 
 
@@ -175,3 +191,7 @@ def test_no_bytes_raise_anything_else(tmp_path_factory, data):
     path.write_bytes(data)
     with contextlib.suppress(InvalidAdapter):
         read_header(path)
+
+
+def test_no_rank_is_too_large_to_be_refused(tmp_path):
+    assert "r is 1000000; the limit is 16384" in refusal(tmp_path, adapter_files(r=10**6))

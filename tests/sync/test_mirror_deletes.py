@@ -2,8 +2,10 @@
 
 import pytest
 
+from adapters_sync import passes
 from adapters_sync.errors import RemoteUnavailable
 from adapters_sync.layout import read_state, resolve, scan
+from adapters_sync.publish import collect
 from adapters_sync.report import FailureKind
 from tests.sync.builders import WEIGHTS
 from tests.sync.memory_s3 import MemoryBucket
@@ -93,6 +95,46 @@ def test_an_old_version_still_linked_is_never_collected(world):
     world.time += 1e6
     world.sync(grace_seconds=0)
     assert resolve(world.adapters_dir, "a") is not None
+
+
+def test_old_versions_are_looked_for_only_when_there_may_be_some(world, monkeypatch):
+    looked = []
+    monkeypatch.setattr(passes, "collect", lambda *args: looked.append(args) or collect(*args))
+
+    async def work(mirror):
+        async def collected_and_looks():
+            looked.clear()
+            collected = (await mirror.run_once()).collected
+            return collected, len(looked)
+
+        seen = [await collected_and_looks() for _ in range(3)]
+        world.bucket.put_adapter("a", fill=2)
+        seen += [await collected_and_looks() for _ in range(3)]
+        world.time += 100
+        seen += [await collected_and_looks() for _ in range(3)]
+        return seen
+
+    world.bucket.put_adapter("a", fill=1)
+    assert world.with_mirror(work, grace_seconds=100) == [
+        (0, 1), (0, 0), (0, 0),
+        (0, 1), (0, 0), (0, 0),
+        (1, 1), (0, 0), (0, 0),
+    ]  # fmt: skip
+
+
+def test_a_link_that_somebody_else_moved_has_old_versions_looked_for(world):
+    world.bucket.put_adapter("a", fill=1)
+
+    async def work(mirror):
+        await mirror.run_once()
+        await mirror.run_once()
+        world.bucket.put_adapter("a", fill=2)
+        other = world.mirror(mirror._passes._remote, grace_seconds=100)
+        assert (await other.run_once()).published
+        world.time += 100
+        return (await mirror.run_once()).collected
+
+    assert world.with_mirror(work, grace_seconds=100) == 1
 
 
 def test_a_replaced_version_is_collected_after_the_grace_time_and_not_before(world):

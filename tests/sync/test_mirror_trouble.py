@@ -1,13 +1,16 @@
 """The mirror: what is bad, or does not fit, costs nobody else anything."""
 
 import shutil
+from contextlib import suppress
 
 import pytest
+from botocore.exceptions import ClientError
 
 from adapters_sync import disk, fetch
 from adapters_sync.errors import SettingsError
 from adapters_sync.inventory import Limits
 from adapters_sync.layout import AdapterState, resolve, scan
+from adapters_sync.names import fault_in_path, is_adapter_name
 from adapters_sync.report import FailureKind
 from tests.sync.builders import CONFIG, WEIGHTS, adapter_files, config, state_of, weights, write_folder
 from tests.sync.memory_s3 import MemoryBucket
@@ -71,14 +74,21 @@ def test_a_manifest_that_is_none_is_reported(world, data):
     assert "_manifest.json is not a manifest" in state_of(world, "a").reason
 
 
+def is_fine(path):
+    return fault_in_path(path) is None and is_adapter_name(path.partition("/")[0])
+
+
 def test_strange_keys_never_leave_their_place_and_are_reported(any_world, tmp_path):
     any_world.bucket.put_adapter("good")
     for key in ("../../evil.json", "evil/../../../x.json", "evil/a\\b.json", "evil//x.json", ".x/y.json"):
-        any_world.bucket.put(key, b"{}")
+        with suppress(ClientError):  # a server may refuse a key itself
+            any_world.bucket.put(key, b"{}")
+    strange = {path.partition("/")[0] for path in any_world.bucket.paths() if not is_fine(path)}
     report = any_world.sync(passes=3, settle_seconds=0)
     assert [one.name for one in scan(any_world.adapters_dir)] == ["good"]
     invalid = {one.name for one in report.adapters if one.state is AdapterState.INVALID}
-    assert invalid == {"..", "evil", ".x"}
+    assert invalid == strange
+    assert ".x" in invalid
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -110,7 +120,7 @@ def test_a_full_disk_leaves_the_adapter_pending_and_the_others_served(world, mon
     real = fetch._Sink.write
 
     def full(self, chunk):
-        if "/a/" in self._file.name:
+        if self._path.parent.name == "a":
             raise OSError(28, "No space left on device")
         real(self, chunk)
 
