@@ -1,6 +1,6 @@
 """The floors of the house: imports only go down, and each floor keeps out what is not its own.
 
-floor 3   worker.{app,cli,options,demo}            adapters_sync.{cli,serve,show}
+floor 3   worker.{app,cli,demo,shelf,...}           adapters_sync.{cli,serve,show}
 floor 2   worker.{bridge,runner,intake,http,...}   adapters_sync.{reconcile,passes,push,workshop}
 floor 1   worker.{engine,transport,metrics}        adapters_sync.{remote,fetch,plan,publish,...}
 floor 0   worker.{errors,jobs,settings,wire}       adapters_sync.{layout,errors,settings,...}
@@ -21,24 +21,28 @@ PACKAGES = ("worker", "adapters_sync")
 
 FLOORS = [
     {
-        "worker.errors", "worker.jobs", "worker.settings", "worker.wire",
-        "adapters_sync.errors", "adapters_sync.folder", "adapters_sync.header", "adapters_sync.layout",
-        "adapters_sync.logs", "adapters_sync.manifests", "adapters_sync.names", "adapters_sync.settings",
-        "adapters_sync.state", "adapters_sync.tasks", "adapters_sync.uris",
+        "worker.errors", "worker.jobs", "worker.registrations", "worker.settings", "worker.wire",
+        "adapters_sync.base_model", "adapters_sync.errors", "adapters_sync.folder", "adapters_sync.header",
+        "adapters_sync.hold", "adapters_sync.layout", "adapters_sync.logs", "adapters_sync.manifests",
+        "adapters_sync.names", "adapters_sync.paths", "adapters_sync.settings", "adapters_sync.state",
+        "adapters_sync.tasks", "adapters_sync.uris",
     },
     {
         "worker.engine", "worker.transport", "worker.metrics",
         "adapters_sync.complete", "adapters_sync.disk", "adapters_sync.fetch", "adapters_sync.inventory",
         "adapters_sync.memory", "adapters_sync.metrics", "adapters_sync.options", "adapters_sync.plan",
-        "adapters_sync.publish", "adapters_sync.remote", "adapters_sync.report",
+        "adapters_sync.publish", "adapters_sync.remote", "adapters_sync.report", "adapters_sync.room",
     },
     {
-        "worker.adapters", "worker.bridge", "worker.client", "worker.commit", "worker.http", "worker.intake",
-        "worker.model_source", "worker.rows", "worker.runner", "worker.stats",
-        "adapters_sync.passes", "adapters_sync.push", "adapters_sync.reconcile", "adapters_sync.workshop",
+        "worker.adapter_info", "worker.adapter_room", "worker.adapters", "worker.bridge",
+        "worker.client", "worker.commit", "worker.folder_view", "worker.http", "worker.intake",
+        "worker.model_source", "worker.registry", "worker.residents", "worker.rows", "worker.runner",
+        "worker.stats", "worker.turns",
+        "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push", "adapters_sync.reconcile",
+        "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
-        "worker.app", "worker.cli", "worker.demo", "worker.options",
+        "worker.app", "worker.cli", "worker.demo", "worker.options", "worker.shelf", "worker.sources",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",
     },
 ]  # fmt: skip
@@ -55,6 +59,7 @@ FORBIDDEN = {
     "worker.engine": AWS | {"asyncio", "aiohttp", "prometheus_client"},
     "worker.transport": TORCH | {"prometheus_client"},
     "worker.metrics": AWS | TORCH | {"asyncio", "aiohttp"},
+    **dict.fromkeys(("worker.http", "worker.registry", "worker.residents"), AWS | TORCH),
     **{
         module: AWS | TORCH | {"asyncio", "aiohttp", "prometheus_client"}
         for module in FLOORS[0]
@@ -170,6 +175,7 @@ def test_the_engine_package_is_empty_so_that_the_scheduler_needs_no_torch() -> N
         ("worker.settings", TORCH | AWS),
         ("worker.wire", TORCH | AWS),
         ("worker.metrics", TORCH | AWS),
+        ("worker.http.server", TORCH | AWS),
         ("worker.cli", TORCH),
         ("worker.engine.engine", AWS | {"triton"}),
         ("adapters_sync.cli", TORCH),

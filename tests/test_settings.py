@@ -422,6 +422,41 @@ def test_adapters_imply_lora_unless_it_is_said_to_be_off(tmp_path):
     assert len(notes(off)) == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("s3://bucket/llama/", "llama"),
+        ("s3://bucket/a/b", "b"),
+        ("org/name", "name"),
+        ("/srv/models/base/", "base"),
+    ],
+)
+def test_the_model_has_the_last_part_of_its_address_as_name(model, name):
+    assert read_settings(environ={}, flags={"model": model}).model_name == name
+
+
+def test_a_model_in_the_current_folder_has_that_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "base")
+    assert read_settings(environ={}, flags={"model": "."}).model_name == "base"
+
+
+def test_registered_adapters_of_each_adapters_folder_have_a_place_of_their_own_in_the_cache(tmp_path):
+    def place(**flags: str) -> Path | None:
+        return read_settings(environ={}, flags={"cache_dir": str(tmp_path), **flags}).registered_path
+
+    places = {
+        place(model="s3://bucket/llama/"),
+        place(model="s3://other/llama/"),
+        place(model="/srv/llama"),
+        place(model="/srv/llama", adapters_dir="/data/adapters"),
+    }
+    assert len({found.parent for found in places if found}) == 4
+    assert all(found and found.is_relative_to(tmp_path / "registered") for found in places)
+    assert place(model="/srv/llama/") == place(model="/srv/llama")
+    assert place() is None
+
+
 def test_the_default_cache_is_below_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Settings().cache_path == tmp_path / ".cache" / "loramill"

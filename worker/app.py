@@ -6,9 +6,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,13 +15,16 @@ import transformers
 from prometheus_client import CollectorRegistry
 
 from adapters_sync.inventory import Limits
+from adapters_sync.layout import BaseModel as AdapterBase
+from adapters_sync.layout import MirrorPaths, write_base_model
 from adapters_sync.metrics import SyncMetrics
 from adapters_sync.options import MirrorOptions
 from adapters_sync.reconcile import Mirror, open_mirror
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
 from worker.commit import Committer, Provenance
-from worker.engine.adapter import load_adapter
+from worker.engine.adapter import Target
+from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.base_model import BaseModel, load_base_model, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.limits import EngineLimits
@@ -31,13 +33,16 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.errors import SettingsError
+from worker.http.adapters_api import AdaptersApi
 from worker.http.server import serving
 from worker.intake import POLL_SECONDS, Intake
 from worker.metrics import Metrics
 from worker.model_source import fetch_weights, remote_properties
+from worker.registry import AdapterRegistry
 from worker.rows import RowRunner
 from worker.runner import JobLimits, Runner
 from worker.settings import Settings, notes
+from worker.shelf import VersionShelf
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.lease import LeaseKeeper
@@ -56,6 +61,8 @@ class Core(NamedTuple):
     base: BaseModel
     engine: Engine
     store: LoRAStore
+    targets: Mapping[str, Target]
+    """What adapters may name."""
 
 
 async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
@@ -76,7 +83,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
 
         registry = CollectorRegistry()
         metrics = Metrics(registry)
-        exporter = Exporter(metrics)
+        exporter = Exporter(metrics, settings.metrics_adapters)
         loaded = asyncio.Event()
 
         def not_ready() -> str | None:
@@ -84,8 +91,9 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
                 return "draining"
             return None if loaded.is_set() else "loading the model"
 
+        api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         host, port, token = settings.http_host, settings.http_port, settings.http_token
-        port = await stack.enter_async_context(serving(host, port, registry, not_ready, token=token))
+        port = await stack.enter_async_context(serving(host, port, registry, not_ready, token=token, api=api))
         logger.info("listening", extra={"host": host, "port": port})
 
         assert settings.queue_url is not None
@@ -100,15 +108,26 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             )
         weights = await fetch_weights(settings, objects, _logging_bytes())
         core = await asyncio.to_thread(build_core, settings, weights)
+        await asyncio.to_thread(_tell_mirrors, settings, core.targets)
         if signals.stop.is_set():
             return
 
         keeper = await stack.enter_async_context(LeaseKeeper(queue, settings.visibility_timeout_seconds))
-        bridge = await stack.enter_async_context(Bridge(core.engine, core.store, exporter.step))
+        bridge = await stack.enter_async_context(
+            Bridge(
+                core.engine,
+                core.store,
+                exporter.step,
+                on_row=exporter.row,
+                max_passed_over=settings.max_passed_over,
+            )
+        )
+        api.registry = registered = await _registered(settings, bridge, owned)
         adapters = AdapterDirectory(
             settings.adapters_path if settings.lora_enabled else None,
             settings.adapter_wait_seconds,
             on_missing=mirror.wake if mirror is not None else lambda: None,
+            registered=registered.find if registered is not None else lambda _: None,
         )
         rows = RowRunner(bridge, core.base.tokenizer, adapters, max_at_once=settings.in_flight_rows)
         runner = Runner(_limits(settings, info), rows, Committer(objects, _provenance(settings)), metrics)
@@ -121,11 +140,18 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             max_rows=settings.in_flight_rows,
             poll_seconds=max(1.0, min(POLL_SECONDS, settings.exit_when_idle_seconds or POLL_SECONDS)),
         )
+
+        def export() -> None:
+            exporter.leases(keeper.stats, keeper.lag)
+            exporter.store(core.store.stats())
+            exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
+            metrics.rows_in_flight.set(rows.in_flight)
+
         idleness = _watch_idleness(intake, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
             asyncio.create_task(bridge.wait(), name="engine"),
             asyncio.create_task(keeper.wait(), name="leases"),
-            asyncio.create_task(_export(exporter, metrics, keeper, core.store, rows), name="export"),
+            asyncio.create_task(_export(export), name="export"),
             asyncio.create_task(idleness, name="idleness"),
         }
         loaded.set()
@@ -157,8 +183,14 @@ def build_core(settings: Settings, weights: str) -> Core:
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs)
     store = LoRAStore(
-        partial(load_adapter, targets=runner.targets, max_lora_rank=settings.max_lora_rank, dtype=dtype),
+        AdapterLoader(
+            runner.targets,
+            max_lora_rank=settings.max_lora_rank,
+            dtype=dtype,
+            pin=device.type == "cuda",
+        ),
         settings.cpu_loras,
+        settings.max_cpu_lora_bytes,
     )
     engine = Engine(
         runner,
@@ -182,7 +214,26 @@ def build_core(settings: Settings, weights: str) -> Core:
             "cache_bytes": runner.cache_bytes,
         },
     )
-    return Core(base, engine, store)
+    return Core(base, engine, store, runner.targets)
+
+
+def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
+    """Leave word beside the adapters of what they must fit, for mirrors here and in other processes."""
+    folder = settings.adapters_path if settings.lora_enabled else None
+    if folder is None:
+        return
+    paths = MirrorPaths(folder.resolve())
+    if not os.access(paths.base_model_file.parent, os.W_OK):
+        return  # no mirror writes there either
+    told = AdapterBase(
+        modules={n: (one.in_features, one.out_features) for n, one in targets.items() if not one.refused},
+        refused={name: one.refused for name, one in targets.items() if one.refused},
+        max_lora_rank=settings.max_lora_rank,
+    )
+    try:
+        write_base_model(paths, told)
+    except OSError as error:
+        logger.warning("cannot tell mirrors what adapters must fit", extra={"reason": str(error)})
 
 
 async def _serve(
@@ -259,6 +310,20 @@ async def _mirror(settings: Settings) -> AsyncIterator[Mirror | None]:
         yield mirror
 
 
+async def _registered(
+    settings: Settings, bridge: Bridge, owned: set[asyncio.Task[None]]
+) -> AdapterRegistry | None:
+    """What was registered over HTTP, loaded again; None when no adapters are served."""
+    folder, place = settings.adapters_path, settings.registered_path
+    if not settings.lora_enabled or folder is None or place is None:
+        return None
+    shelf = VersionShelf(place, mirrored=folder, limits=Limits(rank=settings.max_lora_rank))
+    registry = AdapterRegistry(folder, shelf, bridge)
+    await registry.start()
+    owned.add(asyncio.create_task(registry.run(), name="registry"))
+    return registry
+
+
 def _warn_about(info: QueueInfo, settings: Settings) -> None:
     """Say at the start what about the queue will hurt later."""
     if info.max_receive_count is None:
@@ -298,14 +363,10 @@ def _logging_bytes() -> Callable[[int], None]:
     return on_bytes
 
 
-async def _export(
-    exporter: Exporter, metrics: Metrics, keeper: LeaseKeeper, store: LoRAStore, rows: RowRunner
-) -> None:
+async def _export(bring_up_to_date: Callable[[], None]) -> None:
     """Bring the metrics up to date, for ever."""
     while True:
-        exporter.leases(keeper.stats, keeper.lag)
-        exporter.store(store.stats())
-        metrics.rows_in_flight.set(rows.in_flight)
+        bring_up_to_date()
         await asyncio.sleep(_EXPORT_SECONDS)
 
 

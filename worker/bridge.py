@@ -4,16 +4,34 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
-from typing import Self
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
 
 from adapters_sync.layout import AdapterFolder
+from worker.adapter_room import AdapterRoom
+from worker.engine.adapter_loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore
-from worker.errors import EngineFailed, LoramillError, RowFailed
+from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, RowFailed
 from worker.jobs import AdapterKey, Completion, InferenceRequest
 
 logger = logging.getLogger(__name__)
+
+
+_MOST_COUNTED = 10_000
+"""Adapter versions whose rows are counted; the counts of those that came first go first."""
+
+Tier = Literal["gpu", "cpu", "disk"]
+
+
+class AdapterDetails(NamedTuple):
+    """What is known about an adapter in memory."""
+
+    rank: int
+    num_bytes: int
 
 
 class _Flight:
@@ -29,19 +47,31 @@ class _Flight:
 class Bridge:
     """Runs `engine` on a thread of its own: `async with Bridge(engine, store) as bridge`.
 
-    `on_step` is called on the event loop after every step. Loads happen on other threads; while a row
-    waits for its adapter, or for room in the host tier, the engine goes on with the rest.
+    `on_step` is called on the event loop after every step, `on_row` for every completion. Adapters are
+    loaded on threads of their own, `load_threads` at a time; while a row waits for its adapter, or for room
+    in the host tier, the engine goes on with the rest. For that room at most `max_passed_over` rows that
+    came later pass one that came earlier.
     """
 
     def __init__(
-        self, engine: Engine, store: LoRAStore, on_step: Callable[[StepStats], None] = lambda _: None
+        self,
+        engine: Engine,
+        store: LoRAStore,
+        on_step: Callable[[StepStats], None] = lambda _: None,
+        *,
+        on_row: Callable[[AdapterKey | None, Completion], None] = lambda *_: None,
+        max_passed_over: int = 256,
+        load_threads: int = 4,
     ) -> None:
         self._engine = engine
         self._store = store
         self._on_step = on_step
+        self._on_row = on_row
+        self._room = AdapterRoom(store, max_passed_over)
+        self._loaders = ThreadPoolExecutor(load_threads, "adapter-loader")
         self._inbox: queue.SimpleQueue[InferenceRequest | str | None] = queue.SimpleQueue()
         self._flights: dict[str, _Flight] = {}
-        self._waiting_for_room: list[asyncio.Future[None]] = []
+        self._rows_of: Counter[AdapterKey] = Counter()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._over: asyncio.Future[None] | None = None
 
@@ -58,6 +88,7 @@ class Bridge:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         self._end(EngineFailed("the engine has stopped"))
+        self._loaders.shutdown(wait=False, cancel_futures=True)
 
     async def wait(self) -> None:
         """Return when the engine has stopped; raise EngineFailed if it broke."""
@@ -73,16 +104,72 @@ class Bridge:
         if adapter is None:
             return await self._fly(request)
         key = AdapterKey(adapter.name, adapter.version)
-        await self._reserve(key)
+        await self._room.reserve(key, await self._expected_bytes(key, adapter.path))
         # From here on the release must happen once, and not before the engine let go of the weights.
+        await self._load(key, adapter)
+        return await self._fly(request)
+
+    async def preload(self, adapter: AdapterFolder, *, pin: bool = False) -> None:
+        """Bring an adapter into host memory, and with `pin` keep it there until `unpin`.
+
+        Raises AdapterInvalid, AdapterStoreFull when there is no room beside adapters in use or pinned,
+        RowFailed when the disk fails, and EngineFailed when the engine is gone.
+        """
+        key = AdapterKey(adapter.name, adapter.version)
+        if self._over is None or self._over.done():
+            raise EngineFailed("the engine has stopped")
+        if not self._room.try_reserve(key, await self._expected_bytes(key, adapter.path)):
+            raise AdapterStoreFull(f"Adapter {key.name} finds no room in host memory: all of it is in use")
+        await self._load(key, adapter)
         try:
-            await asyncio.to_thread(self._store.load, key, adapter.path)
+            if pin and not self._store.pin(key):
+                raise AdapterStoreFull(
+                    f"Adapter {key.name} cannot be pinned: no place in host memory would be left for others"
+                )
+        finally:
+            self._room.release(key)
+
+    @property
+    def num_waiting_for_room(self) -> int:
+        """Rows that wait until their adapter has room in host memory."""
+        return self._room.num_waiting
+
+    def unpin(self, key: AdapterKey) -> None:
+        """Let an adapter leave host memory as others do; unknown ones are ignored."""
+        self._store.unpin(key)
+        self._room.let_in()
+
+    def tier(self, key: AdapterKey) -> Tier:
+        """The fastest place that holds an adapter: `gpu` is a slot, on whatever device."""
+        if key in self._engine.resident_adapters:
+            return "gpu"
+        return "cpu" if self._store.loaded(key) is not None else "disk"
+
+    def details(self, key: AdapterKey) -> AdapterDetails | None:
+        """About an adapter in host memory; None if it is not there."""
+        weights = self._store.loaded(key)
+        return None if weights is None else AdapterDetails(weights.rank, weights.num_bytes)
+
+    def requests(self, key: AdapterKey) -> int:
+        """Rows that ended with an adapter since the worker began."""
+        return self._rows_of[key]
+
+    async def _expected_bytes(self, key: AdapterKey, folder: Path) -> int:
+        """What an adapter that is not in memory may take: the size of its file."""
+        return 0 if key in self._store else await asyncio.to_thread(weights_bytes, folder)
+
+    async def _load(self, key: AdapterKey, adapter: AdapterFolder) -> None:
+        """Load a reserved adapter; if that fails it is released."""
+        if self._store.loaded(key) is not None:
+            self._store.load(key, adapter.path)  # at once; it counts
+            return
+        try:
+            await self._loop.run_in_executor(self._loaders, self._store.load, key, adapter.path)
         except BaseException as exc:
-            self._release(key)
+            self._room.release(key)
             if isinstance(exc, OSError):
                 raise RowFailed(f"Adapter {adapter.name} could not be read: {exc}") from exc
             raise
-        return await self._fly(request)
 
     async def _fly(self, request: InferenceRequest) -> Completion:
         assert self._over is not None
@@ -97,28 +184,9 @@ class Bridge:
             self._inbox.put(request.id)  # the engine's answer to this settles the flight
             raise
 
-    async def _reserve(self, key: AdapterKey) -> None:
-        assert self._over is not None
-        while not self._store.reserve(key):
-            if self._over.done():
-                raise EngineFailed("the engine has stopped")
-            room: asyncio.Future[None] = self._loop.create_future()
-            self._waiting_for_room.append(room)
-            await room
-
-    def _release(self, key: AdapterKey) -> None:
-        self._store.release(key)
-        self._wake_those_waiting_for_room()
-
-    def _wake_those_waiting_for_room(self) -> None:
-        waiting, self._waiting_for_room = self._waiting_for_room, []
-        for room in waiting:
-            if not room.done():
-                room.set_result(None)
-
     def _let_go(self, request: InferenceRequest) -> None:
         if request.adapter is not None:
-            self._release(request.adapter)
+            self._room.release(request.adapter)
 
     # The engine's thread.
 
@@ -175,6 +243,8 @@ class Bridge:
         if flight is None:
             return
         self._let_go(flight.request)
+        if isinstance(outcome, Completion):
+            self._count(flight.request.adapter, outcome)
         if flight.future.done():
             return
         if isinstance(outcome, Completion):
@@ -193,7 +263,14 @@ class Bridge:
         """Nobody will be served any more."""
         for request_id in list(self._flights):
             self._settle(request_id, failure)
-        self._wake_those_waiting_for_room()
+        self._room.close()
+
+    def _count(self, key: AdapterKey | None, completion: Completion) -> None:
+        if key is not None:
+            self._rows_of[key] += 1
+            if len(self._rows_of) > _MOST_COUNTED:
+                del self._rows_of[next(iter(self._rows_of))]
+        self._on_row(key, completion)
 
     def _stop(self) -> None:
         assert self._over is not None

@@ -15,6 +15,7 @@ LoramillError
 │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
 │   ├── Expired              not started within the job's ttl_seconds
 │   ├── OutOfMemory          the row alone does not fit
+│   ├── AdapterStoreFull     host memory is full of adapters in use or pinned
 │   └── RowFailed            anything else that is this row's own
 ├── TransientError       worth another try: the message is released with a back-off
 │   ├── QueueUnavailable     SQS refused, throttled or timed out after the SDK's own retries
@@ -22,6 +23,12 @@ LoramillError
 ├── LeaseLost            somebody else may hold the message: stop working, ack nothing
 ├── ObjectExists         a conditional PUT found the key taken (412)
 ├── ObjectNotFound       no such object
+├── RegistrationError    the adapter management API was asked for what cannot be: its answer, nobody else's
+│   ├── UnknownAdapter       404
+│   ├── AdapterTaken         409: the name is somebody else's
+│   ├── InvalidRegistration  400: the name, the source or the adapter itself
+│   ├── RegistryUnavailable  503: S3 cannot be reached, or another worker is in charge
+│   └── StorageFull          507: the disk
 └── EngineFailed         the engine is broken: release every lease, end non-zero
 """
 
@@ -93,7 +100,24 @@ class AdapterNotFound(RowError):
 
 
 class AdapterInvalid(RowError):
+    """`kind` is one of KINDS: what about the adapter is wrong."""
+
     code = "adapter_invalid"
+    KINDS: ClassVar[tuple[str, ...]] = (
+        "config",
+        "file",
+        "modules",
+        "rank",
+        "tensors",
+        "values",
+        "size",
+        "mirror",
+    )
+
+    def __init__(self, message: str, kind: str = "config") -> None:
+        assert kind in self.KINDS
+        self.kind = kind
+        super().__init__(message)
 
 
 class Expired(RowError):
@@ -101,6 +125,11 @@ class Expired(RowError):
 
 
 class OutOfMemory(RowError):
+    code = "oom"
+    retryable = True
+
+
+class AdapterStoreFull(RowError):
     code = "oom"
     retryable = True
 
@@ -158,6 +187,30 @@ class ObjectTooLarge(StoreRefused):
         self.size = size
         self.max_bytes = max_bytes
         super().__init__(f"{uri} has {size} bytes; at most {max_bytes} are taken")
+
+
+class RegistrationError(LoramillError):
+    """An adapter cannot be registered, changed or removed as asked; everything is as it was."""
+
+
+class UnknownAdapter(RegistrationError):
+    """No adapter has this name."""
+
+
+class AdapterTaken(RegistrationError):
+    """The name belongs to another registration, or to an adapter of the adapters folder."""
+
+
+class InvalidRegistration(RegistrationError):
+    """The name, the source, or what lies there cannot be served."""
+
+
+class RegistryUnavailable(RegistrationError):
+    """The source or the place for it cannot be reached now; later it may."""
+
+
+class StorageFull(RegistrationError):
+    """The disk took no more."""
 
 
 class EngineFailed(LoramillError):

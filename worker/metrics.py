@@ -1,14 +1,22 @@
 """What Prometheus is told. Glue turns the core's stats into these; nothing else writes to them.
 
-Labels take their values from short fixed lists: no adapter names, no job ids.
+Labels take their values from short fixed lists, never from jobs; the names of adapters are as many as a
+setting says.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from worker.errors import AdapterInvalid
+
 _SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+_LOAD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
 OUTCOMES = ("committed", "duplicate", "failed", "dead_letter", "released", "lost")
+TIERS = ("slot", "host")
+BASE, OTHERS = "(base)", "(others)"
+"""Values of the label `adapter` that no adapter can have for a name."""
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 
 
@@ -71,17 +79,46 @@ class Metrics:
         self.rows_in_flight = gauge("loramill_rows_in_flight", "Rows of the messages that are held.")
         self.kv_blocks_free = gauge("loramill_kv_blocks_free", "Free blocks of the KV cache.")
         self.adapters_resident = gauge(
-            "loramill_adapters_resident", "Adapters in memory by tier: slot, host.", "tier"
+            "loramill_adapters_resident", f"Adapters in memory by tier: {', '.join(TIERS)}.", "tier"
         )
+        self.adapters_pinned = gauge("loramill_adapters_pinned", "Adapters that may not leave host memory.")
         self.adapters_host_bytes = gauge(
             "loramill_adapters_host_bytes", "Bytes of the adapters in host memory."
         )
-        self.adapter_loads = counter(
-            "loramill_adapter_loads",
-            "Requests for an adapter's weights: hit (in host memory), miss (read from disk), failed.",
+        self.adapter_lookups = counter(
+            "loramill_adapter_lookups",
+            "Rows that asked a tier for their adapter: hit, or miss.",
+            "tier",
             "result",
         )
-        self.adapter_evictions = counter("loramill_adapter_evictions", "Adapters dropped from host memory.")
+        self.adapter_load_seconds = Histogram(
+            "loramill_adapter_load_seconds",
+            "Bringing an adapter into a tier: from disk to host memory, checked; from there into a slot.",
+            ["tier"],
+            buckets=_LOAD_SECONDS,
+            registry=registry,
+        )
+        self.adapter_evictions = counter(
+            "loramill_adapter_evictions", "Adapters that had to leave a tier for others.", "tier"
+        )
+        self.adapters_refused = counter(
+            "loramill_adapters_refused",
+            f"Adapter versions that cannot be served, by reason: {', '.join(AdapterInvalid.KINDS)}.",
+            "reason",
+        )
+        self.adapter_rows = counter(
+            "loramill_adapter_rows",
+            f"Rows that the engine ended, by adapter: {BASE} without one, {OTHERS} beyond METRICS_ADAPTERS.",
+            "adapter",
+        )
+        self.adapter_tokens = counter(
+            "loramill_adapter_tokens", "Tokens of those rows, prompt and generated.", "adapter", "kind"
+        )
+        self.rows_waiting = gauge(
+            "loramill_rows_waiting",
+            "Rows that wait for their adapter: upload (it is not there yet), room (in host memory).",
+            "reason",
+        )
         self.leases_lost = counter(
             "loramill_leases_lost", "Messages whose visibility ended before their work."
         )
@@ -99,7 +136,12 @@ class Metrics:
             (self.step_seconds, PHASES),
             (self.tokens, ("prompt", "generated")),
             (self.rows, ("completed",)),
-            (self.adapter_loads, ("hit", "miss", "failed")),
+            (self.adapter_evictions, TIERS),
+            (self.adapters_refused, AdapterInvalid.KINDS),
         ):
             for value in values:
                 metric.labels(value)
+        for tier in TIERS:
+            self.adapter_load_seconds.labels(tier)
+            for result in ("hit", "miss"):
+                self.adapter_lookups.labels(tier, result)

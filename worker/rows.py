@@ -5,8 +5,8 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
@@ -95,11 +95,11 @@ class RowRunner:
                 raise Expired(
                     f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job"
                 )
-            adapter = await self._find(hold, row.adapter)
-            version = None if adapter is None else adapter.version
-            text, prompt = await asyncio.to_thread(self._encode, row)
-            key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-            completion = await self._bridge.submit(self._request(job, row, prompt, key), adapter)
+            async with self._using(hold, row.adapter) as adapter:
+                version = None if adapter is None else adapter.version
+                text, prompt = await asyncio.to_thread(self._encode, row)
+                key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
+                completion = await self._bridge.submit(self._request(job, row, prompt, key), adapter)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         details = {}
@@ -117,11 +117,14 @@ class RowRunner:
             **details,
         )
 
-    async def _find(self, hold: Hold, name: str | None) -> AdapterFolder | None:
+    @asynccontextmanager
+    async def _using(self, hold: Hold, name: str | None) -> AsyncIterator[AdapterFolder | None]:
         """The rows of a job wait for missing adapters once, not each in its turn."""
         if name is None:
-            return None
-        return await self._adapters.find(name, time.monotonic() - hold.began)
+            yield None
+            return
+        async with self._adapters.use(name, time.monotonic() - hold.began) as folder:
+            yield folder
 
     def _encode(self, row: Row) -> tuple[str, tuple[int, ...]]:
         """The prompt as text and as tokens."""

@@ -7,9 +7,11 @@ in IGNORED_KEYS, with or without DJL's device prefix (`gpu.maxWorkers`), are acc
 version does not do are refused, never swallowed.
 """
 
+import hashlib
 import ipaddress
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 import javaproperties
@@ -93,7 +95,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         ),
     ] = None
     max_passed_over: Annotated[
-        int, Meta(description="Most rows that may start before one that came earlier.", ge=0)
+        int,
+        Meta(
+            description="Most rows that may pass one that came earlier: while it waits for room among the "
+            "adapters in host memory, and once more while it waits for its start.",
+            ge=0,
+        ),
     ] = 256
     prefix_reuse: Annotated[
         bool, Meta(description="Compute what rows of one adapter have in common at their beginning once.")
@@ -151,7 +158,9 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         ),
     ] = None
 
-    http_host: Annotated[str, Meta(description="Address of /metrics, /live and /ready.")] = "127.0.0.1"
+    http_host: Annotated[
+        str, Meta(description="Address of /metrics, /live, /ready and the management of adapters.")
+    ] = "127.0.0.1"
     http_port: Annotated[int, Meta(description="0 takes any free port.", ge=0, le=65_535)] = 8080
     http_token: Annotated[
         str | None,
@@ -219,6 +228,14 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"option": "max_cpu_loras"},
         ),
     ] = None
+    max_cpu_lora_bytes: Annotated[
+        int | None,
+        Meta(description="Bytes that adapters may take in host memory. Default: no limit.", ge=1),
+    ] = None
+    metrics_adapters: Annotated[
+        int,
+        Meta(description="Most adapters that metrics name; the others are counted together.", ge=0),
+    ] = 100
     lora_dtype: Annotated[
         _Dtype,
         Meta(
@@ -290,6 +307,23 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         if self.adapters_dir is not None or self.mirror_uri is not None or self.sync:
             return True
         return self.adapters_path is not None and self.adapters_path.is_dir()
+
+    @property
+    def model_name(self) -> str:
+        """The last part of MODEL, by which the adapter management API knows the model."""
+        path = self.model_dir.absolute().as_posix() if self.model_dir is not None else self.model or ""
+        return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def registered_path(self) -> Path | None:
+        """The folder of adapters that were registered over HTTP; None without a folder of adapters.
+
+        It is the worker's own, in the cache, since others may fill ADAPTERS_DIR and let nobody else write.
+        """
+        if self.adapters_path is None:
+            return None
+        place = hashlib.sha256(str(self.adapters_path.absolute()).encode()).hexdigest()[:8]
+        return self.cache_path / "registered" / f"{self.model_name}-{place}" / "adapters"
 
     @property
     def cpu_loras(self) -> int:

@@ -58,10 +58,11 @@ _PEFT, _SWITCHING = Side("peft-mixed"), Side("peft-switching")
 _PEFT_BF16 = Side("peft-mixed", "bfloat16", fewer_rows=True)
 _SORTED, _MERGED = Side("peft-sorted"), Side("peft-merged")
 _TRANSFORMERS = Side("transformers-base")
+_FEW_SLOTS, _ALL_IN_SLOTS = Side("ours-few-slots"), Side("ours-all-in-slots")
 
 SIDES = (
     _MERGED, _SWITCHING, _SORTED, _PEFT, _ONE, _MIXED, _BASE, _TRANSFORMERS, _REPEATED, _REUSED,
-    _MIXED_FEWER, _MIXED_BF16, _PEFT_BF16,
+    _MIXED_FEWER, _MIXED_BF16, _PEFT_BF16, _FEW_SLOTS, _ALL_IN_SLOTS,
 )  # fmt: skip
 """The order of the first round: what is compared most closely runs side by side."""
 
@@ -76,6 +77,15 @@ RATIOS = (
     Ratio("bf16", "bf16: our own fp32", _MIXED_BF16, _MIXED_FEWER, 1.5, needs_bf16=True),
     Ratio("sorted", "PEFT `adapter_names`, rows sorted by an oracle", _MIXED, _SORTED, extra=True),
     Ratio("merged", "PEFT merged, one adapter at a time", _MIXED, _MERGED, extra=True),
+    Ratio(
+        "slots",
+        "all adapters in 8 slots, twice the rows: 8 adapters there",
+        _FEW_SLOTS,
+        _ALL_IN_SLOTS,
+        0.85,
+        same_text=False,
+        extra=True,
+    ),
 )
 BY_NAME = {ratio.name: ratio for ratio in RATIOS}
 

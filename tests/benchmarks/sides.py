@@ -49,7 +49,8 @@ class Timed:
 
 
 class Ours:
-    """Our engine: `max_num_seqs` and `max_loras` are the batch of the others; it knows no length ahead.
+    """Our engine: `max_num_seqs` is the batch of the others, and so is `max_loras` if nothing else is said.
+    It knows no length ahead.
 
     `prefill_seconds` are those of steps that carry prompt tokens; rows that decode ride along in them.
     """
@@ -58,13 +59,13 @@ class Ours:
         from tests.engine.harness import Harness
 
         known = inspect.signature(Harness.__init__).parameters
-        self._engine_options = {name: value for name, value in engine.items() if name in known}
+        options = {"max_loras": settings.batch} | engine
+        self._engine_options = {name: value for name, value in options.items() if name in known}
         self._batch = settings.batch
         self._harness = Harness(
             settings.base,
             max_num_seqs=settings.batch,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_loras=settings.batch,
             max_lora_rank=settings.rank,
             max_model_len=settings.max_model_len,
             dtype=dtype,
@@ -256,14 +257,19 @@ class Kind:
     adapters: int | None = None
     """None is all of them."""
     prefixed: bool = False
+    times_rows: int = 1
+    """As many rows as the settings say, times this."""
 
 
+_FEW_SLOTS = 8
 KINDS = {
     "ours-mixed": Kind(Ours),
     "ours-base": Kind(Ours, adapters=0),
     "ours-one": Kind(Ours, adapters=1),
     "ours-prefix-reused": Kind(partial(Ours, prefix_reuse=True), prefixed=True),
     "ours-prefix-repeated": Kind(partial(Ours, prefix_reuse=False), prefixed=True),
+    "ours-few-slots": Kind(partial(Ours, max_loras=_FEW_SLOTS), times_rows=2),
+    "ours-all-in-slots": Kind(partial(Ours, max_loras=_FEW_SLOTS), adapters=_FEW_SLOTS, times_rows=2),
     "transformers-base": Kind(Static, adapters=0),
     "peft-mixed": Kind(PeftMixed),
     "peft-switching": Kind(PeftSwitching),
@@ -283,7 +289,8 @@ def measure(name: str, dtype: str, settings: Settings, adapters: list[Path]) -> 
     kind = KINDS[name]
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     make = workload.prefixed if kind.prefixed else workload.mixed
-    requests = _within(kind, make(tokenizer, settings, settings.rows))
+    made = make(tokenizer, settings, settings.rows * kind.times_rows)
+    requests = _within(kind, made)
     side = kind.run(settings, dtype, adapters[: kind.adapters])
     ready = time.perf_counter()
     side.warm(_within(kind, workload.warm_up(tokenizer, settings)))
@@ -304,7 +311,7 @@ def measure(name: str, dtype: str, settings: Settings, adapters: list[Path]) -> 
         "peak_mib": peak_mib(),
         "peak_device_mib": torch.cuda.max_memory_allocated() >> 20 if settings.device != "cpu" else None,
         "threads": torch.get_num_threads(),
-        "requests": workload.digest(make(tokenizer, settings, settings.rows)),
+        "requests": workload.digest(made),
         "details": timed.details,
         "tokens": [timed.tokens[number] for number in sorted(timed.tokens)],
     }

@@ -1,12 +1,11 @@
 """An engine over a folder of base model and some adapters, driven to the end of its work."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from worker.engine.adapter import load_adapter
+from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.limits import EngineLimits
@@ -49,11 +48,11 @@ class Harness:
             self.base, limits, cache_shape=cache_shape, memory_share=memory_share, kernels=kernels
         )
         self.store = LoRAStore(
-            partial(
-                load_adapter,
-                targets=self.runner.targets,
+            AdapterLoader(
+                self.runner.targets,
                 max_lora_rank=max_lora_rank,
                 dtype=limits.lora_dtype,
+                pin=self.base.device.type == "cuda",
             ),
             max_cpu_loras=64,
         )

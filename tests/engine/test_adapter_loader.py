@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from worker.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE, AdapterLoader
 from worker.engine.base_model import load_base_model
 from worker.engine.limits import EngineLimits
 from worker.engine.model_runner import ModelRunner
@@ -58,7 +58,7 @@ def change_tensors(folder, **changes):
 
 
 def load(folder, targets, *, max_lora_rank=64, dtype=torch.float32):
-    return load_adapter(KEY, folder, targets, max_lora_rank=max_lora_rank, dtype=dtype)
+    return AdapterLoader(targets, max_lora_rank=max_lora_rank, dtype=dtype)(KEY, folder)
 
 
 def refusal(folder, targets, **options):
@@ -552,3 +552,30 @@ def test_linked_file_is_refused_as_it_may_change_behind_the_version(name, folder
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     assert f"{name} is a link" in refusal(folder, targets)
+
+
+def test_weights_are_in_one_piece_and_aligned(folder, targets):
+    """One allocation for each adapter: what it takes is known, and a GPU can read it by itself."""
+    weights = load(folder, targets, dtype=torch.bfloat16)
+    tensors = [tensor for pair in weights.pairs.values() for tensor in pair]
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def test_configuration_is_read_once_for_all_adapters_that_share_it(folder, targets, monkeypatch):
+    loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
+    first = loader(KEY, folder)
+    monkeypatch.setattr("worker.engine.adapter_loader.read_config", None)
+    again = loader(KEY, folder)
+    for name, pair in first.pairs.items():
+        assert all(torch.equal(*both) for both in zip(pair, again.pairs[name], strict=True))
+    monkeypatch.undo()
+    change_config(folder, lora_alpha=1)
+    changed = loader(KEY, folder)
+    assert not any(torch.equal(pair.b, first.pairs[name].b) for name, pair in changed.pairs.items())
+
+
+def test_large_finite_weights_are_not_taken_for_infinite(folder, targets):
+    """Their sum is."""
+    change_tensors(folder, A=lambda a: torch.full_like(a, 3e37))
+    assert load(folder, targets).pairs

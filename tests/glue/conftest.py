@@ -1,10 +1,18 @@
-"""One tiny base model with adapters for all tests here."""
+"""One tiny base model with adapters for all tests here, and a bucket."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from tests import tiny
+from tests.sync.builders import Bucket
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +27,36 @@ def adapter_paths(base: Path) -> list[Path]:
         tiny.make_adapter(base.parent / "adapters" / f"a{n}", base, seed=n, r=4, target_modules=tiny.MLP)
         for n in range(6)
     ]
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """A client of an S3 server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+    )
+    yield client
+    client.close()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket, on the server that the SDK talks to in this test."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.meta.endpoint_url)
+    name = f"registered-{next(_numbers)}"
+    s3.create_bucket(Bucket=name)
+    return Bucket(s3, name)

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from adapters_sync.layout import AdapterFolder, AdapterState, AdapterStatus, MirrorPaths, MirrorState
+from adapters_sync.publish import collect, flip
 from tests.glue.support import World, make_job, run_rows, until
 from tests.glue.test_runner import AnsweringBridge, row_runner
 from tests.sync.builders import adapter_files, write_folder
@@ -220,5 +221,75 @@ def test_a_name_that_did_not_come_is_not_waited_for_by_every_row_anew(folder):
         results = await running
         assert {result.failure and result.failure.code for result in results} == {"adapter_not_found"}
         assert world.clock() - began <= 2 * WAIT
+
+    run(scenario)
+
+
+def publish(folder: Path, version: str) -> Path:
+    """A version of adapter `a` as the mirror publishes it."""
+    paths = MirrorPaths(folder)
+    write_folder(paths.version_dir("a", version))
+    flip(paths, "a", version, now=0.0)
+    return paths.version_dir("a", version)
+
+
+def versions_left(folder: Path) -> list[str]:
+    collect(MirrorPaths(folder), now=1e9, grace_seconds=0.0)
+    return sorted(path.name[0] for path in (folder.parent / ".versions" / "a").iterdir())
+
+
+def test_version_in_use_stays_on_disk_after_it_was_replaced(folder):
+    publish(folder, "1" * 64)
+
+    async def scenario() -> None:
+        directory = Scene(folder).directory
+        async with directory.use("a") as first, directory.use("a") as same:
+            assert first == same
+            publish(folder, "2" * 64)
+            async with directory.use("a") as second:
+                assert (first.version[0], second.version[0]) == ("1", "2")
+            assert versions_left(folder) == ["1", "2"]
+        assert versions_left(folder) == ["2"]
+        assert not directory._holds
+
+    run(scenario)
+
+
+def test_version_that_goes_before_it_is_held_is_looked_for_again(folder, monkeypatch):
+    old = publish(folder, "1" * 64)
+
+    async def scenario() -> None:
+        directory = Scene(folder).directory
+        find = directory.find
+
+        async def find_what_then_goes(name: str, waited_seconds: float = 0.0) -> AdapterFolder:
+            found = await find(name, waited_seconds)
+            if found.path == old and old.exists():
+                publish(folder, "2" * 64)
+                shutil.rmtree(old)
+            return found
+
+        monkeypatch.setattr(directory, "find", find_what_then_goes)
+        async with directory.use("a") as found:
+            assert found.version == "2" * 64
+
+    run(scenario)
+
+
+def test_cancelled_row_holds_nothing(folder):
+    publish(folder, "1" * 64)
+
+    async def scenario() -> None:
+        directory = Scene(folder).directory
+
+        async def row() -> None:
+            async with directory.use("a"):
+                await asyncio.sleep(60)
+
+        running = asyncio.create_task(row())
+        await until(lambda: bool(directory._holds))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert not directory._holds
 
     run(scenario)

@@ -16,7 +16,7 @@ from worker.adapters import AdapterDirectory
 from worker.app import Core, build_core
 from worker.bridge import Bridge
 from worker.engine.engine import StepStats
-from worker.errors import AdapterInvalid, EngineFailed, PromptTooLong, RowFailed
+from worker.errors import AdapterInvalid, AdapterStoreFull, EngineFailed, PromptTooLong, RowFailed
 from worker.jobs import AdapterKey, Completion, InferenceRequest, SamplingParams
 from worker.rows import RowRunner
 from worker.settings import read_settings
@@ -269,7 +269,7 @@ def test_closing_ends_those_who_wait_for_room(core, adapters, monkeypatch):
                 asyncio.create_task(bridge.submit(request(core, str(n), "x", adapter, LONG), adapter))
                 for n, adapter in enumerate(adapters)
             ]
-            await until(lambda: len(bridge._flights) == 3 and len(bridge._waiting_for_room) == 3)
+            await until(lambda: len(bridge._flights) == 3 and bridge.num_waiting_for_room == 3)
         _, waiting = await asyncio.wait(tasks, timeout=2)
         for task in waiting:
             task.cancel()
@@ -333,6 +333,121 @@ def test_rows_of_a_job_come_back_in_order_whoever_ends_first(core, adapters, ada
                     assert result.failure is None
                     assert result.adapter_version == versions.get(name or "")
                     assert (result.tokens is not None) == result.row.params.details
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_preloaded_adapter_is_in_memory_before_its_first_row(core, adapters):
+    first = AdapterKey(adapters[0].name, adapters[0].version)
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            assert bridge.tier(first) == "disk"
+            assert bridge.details(first) is None
+            await bridge.preload(adapters[0])
+            assert bridge.tier(first) == "cpu"
+            await bridge.submit(request(core, "row", "x", adapters[0]), adapters[0])
+            await until(lambda: users(core) == 0)
+            assert bridge.tier(first) == "gpu"
+            details = bridge.details(first)
+            assert details is not None
+            assert details.rank == core.store.loaded(first).rank
+            assert bridge.requests(first) == 1
+            assert details.num_bytes > 0
+            assert core.store.stats().misses == 1
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_pinned_adapter_outlives_those_that_come_and_go(core, adapters):
+    first = AdapterKey(adapters[0].name, adapters[0].version)
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            await bridge.preload(adapters[0], pin=True)
+            for adapter in adapters[1:]:
+                await bridge.submit(request(core, adapter.name, "x", adapter), adapter)
+            assert core.store.loaded(first) is not None
+            bridge.unpin(first)
+            for adapter in adapters[1:4]:
+                await bridge.submit(request(core, adapter.name, "x", adapter), adapter)
+            assert core.store.loaded(first) is None
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_preload_says_why_it_cannot(core, adapters, adapter_paths, tmp_path):
+    broken = shutil.copytree(adapter_paths[0], tmp_path / "broken")
+    (broken / "adapter_config.json").write_text("[]")
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            with pytest.raises(AdapterInvalid, match="broken"):
+                await bridge.preload(AdapterFolder("broken", "1", broken), pin=True)
+            for adapter in adapters[:2]:
+                await bridge.preload(adapter, pin=True)
+            with pytest.raises(AdapterStoreFull, match="no place in host memory would be left"):
+                await bridge.preload(adapters[2], pin=True)
+            await bridge.submit(request(core, "row", "x", adapters[3]), adapters[3])
+        with pytest.raises(EngineFailed):
+            await bridge.preload(adapters[0])
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_preload_does_not_wait_for_room(core, adapters, monkeypatch):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            with held_steps(core, monkeypatch):
+                rows = [
+                    asyncio.create_task(bridge.submit(request(core, str(n), "x", adapter), adapter))
+                    for n, adapter in enumerate(adapters[:3])
+                ]
+                await until(lambda: len(bridge._flights) == 3)
+                with pytest.raises(AdapterStoreFull, match="all of it is in use"):
+                    await bridge.preload(adapters[3])
+            await asyncio.gather(*rows)
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_every_row_that_ends_is_told_with_its_adapter(core, adapters):
+    told: list[tuple[AdapterKey | None, int]] = []
+
+    async def scenario() -> None:
+        async with Bridge(
+            core.engine, core.store, on_row=lambda key, done: told.append((key, len(done.token_ids)))
+        ) as bridge:
+            await bridge.submit(request(core, "base"))
+            await bridge.submit(request(core, "row", "x", adapters[0]), adapters[0])
+
+    run(scenario)
+    assert [key for key, _ in told] == [None, AdapterKey(adapters[0].name, adapters[0].version)]
+    assert all(count for _, count in told)
+
+
+def test_row_that_waits_for_room_is_passed_so_often_and_no_more(core, adapters, monkeypatch):
+    """A stream of rows for what is in memory must not keep an adapter out for ever."""
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store, max_passed_over=3) as bridge:
+
+            async def row(name: str, adapter: AdapterFolder) -> None:
+                await bridge.submit(request(core, name, "x", adapter), adapter)
+
+            with held_steps(core, monkeypatch):
+                tasks = [asyncio.create_task(row(str(n), adapters[n])) for n in range(3)]
+                await until(lambda: len(bridge._flights) == 3)
+                tasks.append(asyncio.create_task(row("waits", adapters[3])))
+                await until(lambda: bridge.num_waiting_for_room == 1)
+                tasks += [asyncio.create_task(row(f"later-{n}", adapters[n % 3])) for n in range(30)]
+                await until(lambda: len(bridge._flights) == 3 + 3 and bridge.num_waiting_for_room == 28)
+            await asyncio.gather(*tasks)
         assert_all_free(core)
 
     run(scenario)

@@ -41,6 +41,13 @@ class StepStats(NamedTuple):
     """Since the engine began."""
     free_blocks: int
     resident_adapters: int
+    """In slots."""
+    slot_hits: int
+    """Rows that found their adapter in a slot, since the engine began; the next two likewise."""
+    slot_misses: int
+    slot_evictions: int
+    slot_loads: tuple[float, ...]
+    """Seconds that each adapter took which came into a slot in this step; part of `schedule_seconds`."""
     schedule_seconds: float
     prepare_seconds: float
     forward_seconds: float
@@ -90,6 +97,8 @@ class Engine:
         self._look_ahead = look_ahead
         self._flight: Launched | None = None
         """The step that the device works on; None without `look_ahead`."""
+        self.resident_adapters: frozenset[AdapterKey] = frozenset()
+        """Those in slots. Replaced, never changed: it may be read from any thread."""
 
     @property
     def has_work(self) -> bool:
@@ -145,7 +154,7 @@ class Engine:
         self._runner.copy_prefixes(batch.copies)
         self._runner.scrub(batch.leftovers)
         reused_tokens = batch.reused_tokens
-        batch, refused = self._put_adapters(batch)
+        batch, refused, put = self._put_adapters(batch)
         scheduled = time.perf_counter()
         prompt_tokens = sum(row.num_prompt_tokens for row in batch.rows)
         completions, computed = self._compute(batch)
@@ -162,7 +171,11 @@ class Engine:
             waiting=len(scheduler.waiting),
             preempted=scheduler.num_preempted,
             free_blocks=scheduler.kv_cache.num_free,
-            resident_adapters=len(scheduler.slots.resident),
+            resident_adapters=len(self.resident_adapters),
+            slot_hits=scheduler.slots.hits,
+            slot_misses=scheduler.slots.misses,
+            slot_evictions=scheduler.slots.evictions,
+            slot_loads=put,
             schedule_seconds=scheduled - started,
             prepare_seconds=timings.prepare_seconds,
             forward_seconds=timings.forward_seconds,
@@ -177,12 +190,18 @@ class Engine:
         assert alive == set(self._sequences.values())
         assert self._streams.keys() <= self._sequences.keys()
 
-    def _put_adapters(self, batch: Batch) -> tuple[Batch, list[Completion]]:
-        """Fill the slots that the batch needs; rows whose adapter cannot be put there leave it, failed."""
+    def _put_adapters(self, batch: Batch) -> tuple[Batch, list[Completion], tuple[float, ...]]:
+        """Fill the slots that the batch needs; rows whose adapter cannot be put there leave it, failed.
+
+        Also returns what each took.
+        """
         failed: list[Completion] = []
+        took: list[float] = []
         for slot, key in batch.loads:
+            started = time.perf_counter()
             try:
                 self._runner.put_adapter(slot, self._weights(key))
+                took.append(time.perf_counter() - started)
             except Exception as exc:
                 logger.exception("adapter %s could not be put into slot %d", key.name, slot)
                 code = "oom" if isinstance(exc, torch.OutOfMemoryError) else "internal"
@@ -192,7 +211,9 @@ class Engine:
                 # The slot must not pass for this adapter's: it may hold half of it.
                 self._scheduler.slots.forget(key)
                 batch = Batch(tuple(row for row in batch.rows if row not in own))
-        return batch, failed
+        if took or failed:
+            self.resident_adapters = frozenset(self._scheduler.slots.resident)
+        return batch, failed, tuple(took)
 
     def _compute(self, batch: Batch) -> tuple[list[Completion], list[ScheduledRow]]:
         if not self._look_ahead:

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_plan import merge_runs
@@ -32,13 +32,11 @@ class KernelLoRALayers:
         self._limits = limits
         self._tables: dict[tuple[str, ...], LoRATable] = {}
         self._scratch = torch.empty(0, device=device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
-        on_device = {
-            name: type(pair)(*(tensor.to(self._device, non_blocking=True) for tensor in pair))
-            for name, pair in weights.pairs.items()
-        }
+        on_device = self._to_device(weights.pairs)
         for names in self._projections:
             pairs = [on_device.get(name) for name in names]
             if any(pair is not None for pair in pairs):
@@ -65,6 +63,24 @@ class KernelLoRALayers:
         limits = self._limits
         room = limits.max_num_seqs if num_tokens <= limits.max_num_seqs else limits.max_num_batched_tokens
         return TokenTiles(room, limits.max_loras, self._device)
+
+    def _to_device(self, pairs: Mapping[str, LoRAPair]) -> dict[str, LoRAPair]:
+        """On a GPU by a stream of their own, beside the step that is under way; the next one waits for it."""
+        if self._copies is None:
+            return {
+                name: LoRAPair(*(tensor.to(self._device) for tensor in pair)) for name, pair in pairs.items()
+            }
+        with torch.cuda.stream(self._copies):
+            copied = {
+                name: LoRAPair(*(tensor.to(self._device, non_blocking=True) for tensor in pair))
+                for name, pair in pairs.items()
+            }
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        for pair in copied.values():
+            for tensor in pair:
+                tensor.record_stream(current)
+        return copied
 
     def _table(self, names: tuple[str, ...]) -> LoRATable:
         table = self._tables.get(names)

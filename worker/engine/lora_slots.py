@@ -19,6 +19,9 @@ class LoRASlots:
         self._free = list(range(max_loras))
         self._slots: OrderedDict[AdapterKey, int] = OrderedDict()
         self._users: Counter[AdapterKey] = Counter()
+        self.hits = self.misses = self.evictions = 0
+        """Since the beginning: rows that found their adapter in a slot, that did not, and adapters that had
+        to leave one."""
 
     def __contains__(self, key: AdapterKey) -> bool:
         return key in self._slots
@@ -52,6 +55,8 @@ class LoRASlots:
         The caller has asked `can_acquire` before.
         """
         fresh = key not in self._slots
+        self.hits += not fresh
+        self.misses += fresh
         if fresh:
             self._slots[key] = heapq.heappop(self._free) if self._free else self._evict()
         self._slots.move_to_end(key)
@@ -71,6 +76,7 @@ class LoRASlots:
         key = next(self.idle, None)
         assert key is not None, "no idle slot: ask can_acquire first"
         del self._users[key]
+        self.evictions += 1
         return self._slots.pop(key)
 
     def check_integrity(self, users: Counter[AdapterKey]) -> None:

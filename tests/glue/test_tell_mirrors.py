@@ -1,0 +1,56 @@
+"""The worker leaves word of its base model where mirrors look for it."""
+
+import logging
+
+import pytest
+
+from adapters_sync.base_model import BaseModelFile
+from adapters_sync.layout import MirrorPaths
+from worker import app
+from worker.engine.adapter import Target
+from worker.settings import read_settings
+
+TARGETS = {"q": Target(4, 8), "norm": Target(0, 0, "LayerNorm modules are not supported")}
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Tell mirrors about TARGETS; what they read then."""
+
+    def tell(**flags):
+        folder = tmp_path / "model" / "adapters"
+        settings = read_settings(environ={}, flags={"model": "hub/id", "adapters_dir": str(folder)} | flags)
+        app._tell_mirrors(settings, TARGETS)
+        file = BaseModelFile(MirrorPaths(folder))
+        file.look()
+        return file.model
+
+    return tell
+
+
+def test_mirrors_are_told_modules_refusals_and_the_rank(told, tmp_path):
+    (tmp_path / "model").mkdir()
+    model = told(max_lora_rank="32")
+    assert model.modules == {"q": (4, 8)}
+    assert model.refused == {"norm": "LayerNorm modules are not supported"}
+    assert model.max_lora_rank == 32
+
+
+def test_nothing_is_told_where_no_adapters_are_served_or_nothing_can_be_written(told, tmp_path):
+    assert told() is None
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    assert told(enable_lora="false") is None
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_failure_to_tell_is_a_warning(told, tmp_path, monkeypatch, caplog):
+    (tmp_path / "model").mkdir()
+
+    def full(paths, model):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(app, "write_base_model", full)
+    with caplog.at_level(logging.WARNING):
+        assert told() is None
+    assert "cannot tell mirrors" in caplog.text

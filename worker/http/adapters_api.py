@@ -1,0 +1,225 @@
+"""The adapter management API of DJL Serving.
+
+    GET    [/models/{model}]/adapters                     list
+    POST   [/models/{model}]/adapters                     register
+    GET    [/models/{model}]/adapters/{adapter}           describe
+    DELETE [/models/{model}]/adapters/{adapter}           delete
+    POST   [/models/{model}]/adapters/{adapter}/update    update
+
+Everything below `/models` and `/adapters` is answered here, and in JSON. A path is split before its segments
+are decoded, so a name with an encoded slash is one name.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+from aiohttp import web
+
+from worker.errors import (
+    AdapterInvalid,
+    AdapterStoreFull,
+    AdapterTaken,
+    EngineFailed,
+    InvalidRegistration,
+    LoramillError,
+    RegistryUnavailable,
+    RowFailed,
+    StorageFull,
+    UnknownAdapter,
+)
+from worker.http.answers import Refused, answer, refusal
+from worker.http.parameters import Parameters
+from worker.registry import AdapterRegistry
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = ("models", "adapters")
+ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
+MAX_PAGE = 100
+BODY_SECONDS = 10.0
+
+_CODES: tuple[tuple[type[LoramillError], int], ...] = (
+    (UnknownAdapter, 404),
+    (AdapterTaken, 409),
+    (InvalidRegistration, 400),
+    (AdapterInvalid, 400),
+    (RegistryUnavailable, 503),
+    (RowFailed, 503),
+    (EngineFailed, 503),
+    (StorageFull, 507),
+    (AdapterStoreFull, 507),
+)
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Action = Callable[[AdapterRegistry, Parameters, str], Awaitable[Any]]
+
+
+class AdaptersApi:
+    """Answers what is below PREFIXES. `registry` is set once the model is loaded.
+
+    `not_ready` gives the reason while nothing can be served.
+    """
+
+    def __init__(self, model: str, lora_enabled: bool, not_ready: Callable[[], str | None]) -> None:
+        self._model = model
+        self._lora_enabled = lora_enabled
+        self._not_ready = not_ready
+        self.registry: AdapterRegistry | None = None
+
+    @property
+    def middleware(self) -> Callable[..., Awaitable[web.StreamResponse]]:
+        """What puts this in front of an application's own routes."""
+
+        @web.middleware
+        async def check(request: web.Request, handler: _Handler) -> web.StreamResponse:
+            return await (self.handle(request) if is_ours(request) else handler(request))
+
+        return check
+
+    def close(self) -> None:
+        """To be called when nothing is answered any more."""
+        if self.registry is not None:
+            self.registry.close()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Answer one request; what is wrong with it is in the answer."""
+        try:
+            return answer(await self._run(request))
+        except Refused as refused:
+            return refusal(refused)
+        except Exception:
+            logger.exception("a request failed by a mistake of ours")
+            return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
+
+    async def _run(self, request: web.Request) -> Any:
+        model, adapter, actions = _route(_segments(request))
+        action = actions.get(request.method)
+        if action is None:
+            allowed = {"Allow": ", ".join(sorted(actions))}
+            raise Refused(405, f"The method {request.method} is not allowed here", headers=allowed)
+        if model not in {None, self._model}:
+            raise Refused(404, f"The model {model} was not found")
+        if not self._lora_enabled:
+            raise Refused(400, "LoRA is not enabled.")
+        reason = self._not_ready()
+        if reason is not None or self.registry is None:
+            raise Refused(503, f"The worker is not ready: {reason or 'loading the model'}")
+        await _expect_no_body(request)
+        parameters = Parameters(request.rel_url.raw_query_string)
+        name = adapter or ""
+        if action is _register:
+            name = parameters.required("name")
+        return await self._under_alias(request, name, action(self.registry, parameters, name))
+
+    async def _under_alias(self, request: web.Request, name: str, work: Awaitable[Any]) -> Any:
+        """Do it, and let no message call the adapter otherwise than the client does."""
+        shown = request.headers.get(ALIAS_HEADER) or name
+        try:
+            found = await work
+        except LoramillError as error:
+            code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+            if code is None:
+                raise
+            raise Refused(code, _renamed(str(error), name, shown)) from error
+        return {"status": f"Adapter {shown} {found}"} if isinstance(found, str) else found
+
+
+def is_ours(request: web.Request) -> bool:
+    """Whether a request is for this API."""
+    return _segments(request)[0] in PREFIXES
+
+
+def _segments(request: web.Request) -> list[str]:
+    """The path's segments as they were sent, without the empty one behind a last slash."""
+    segments = request.rel_url.raw_path.split("/")[1:] or [""]
+    return segments[:-1] if len(segments) > 1 and not segments[-1] else segments
+
+
+def _route(segments: list[str]) -> tuple[str | None, str | None, dict[str, _Action]]:
+    """Model, adapter and what can be done there, by method. Raises Refused for a path that leads nowhere."""
+    model, rest = None, segments
+    if segments[0] == "models" and len(segments) > 1:
+        model, rest = _decoded(segments[1]), segments[2:]
+    match rest:
+        case ["adapters"]:
+            return model, None, {"GET": _list, "POST": _register}
+        case ["adapters", adapter]:
+            return model, _decoded(adapter), {"GET": _describe, "DELETE": _delete}
+        case ["adapters", adapter, "update"]:
+            return model, _decoded(adapter), {"POST": _update}
+        case _:
+            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
+
+
+def _decoded(segment: str) -> str:
+    """What a segment names; one that is not UTF-8 names nothing, and is told back as it came."""
+    try:
+        return unquote(segment, errors="strict")
+    except UnicodeDecodeError:
+        return segment
+
+
+async def _expect_no_body(request: web.Request) -> None:
+    if not request.can_read_body:
+        return
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError as error:
+        raise Refused(408, f"The body did not come within {BODY_SECONDS:g} s") from error
+    except web.HTTPRequestEntityTooLarge as error:
+        raise Refused(413, "The body is too large; parameters go into the query") from error
+    except web.HTTPException as error:
+        raise Refused(400, "The body cannot be read; parameters go into the query") from error
+    if body:
+        raise Refused(400, "The request has a body; parameters go into the query")
+
+
+def _renamed(message: str, name: str, shown: str) -> str:
+    if not name:
+        return message
+    return re.sub(rf"(\b[Aa]dapter ){re.escape(name)}(?![\w.-])", lambda found: found[1] + shown, message)
+
+
+# What can be done. A text that is returned says what became of the adapter.
+
+
+async def _list(registry: AdapterRegistry, parameters: Parameters, _: str) -> Any:
+    limit = parameters.number("limit", MAX_PAGE, least=1, most=MAX_PAGE)
+    begin = parameters.number("next_page_token", 0, least=0)
+    parameters.end()
+    adapters, following = await registry.page(begin, limit)
+    page = {"adapters": msgspec.to_builtins(adapters)}
+    return page if following is None else {"nextPageToken": str(following), **page}
+
+
+async def _describe(registry: AdapterRegistry, parameters: Parameters, name: str) -> Any:
+    parameters.end()
+    return msgspec.to_builtins(await registry.describe(name))
+
+
+async def _register(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+    src = parameters.required("src")
+    preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
+    await registry.register(name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest())
+    return "registered"
+
+
+async def _update(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+    src = parameters.take("src")
+    if src == "":
+        raise Refused(400, "The parameter src is empty")
+    preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
+    await registry.update(name, src=src, preload=preload, pin=pin, options=parameters.rest())
+    return "updated"
+
+
+async def _delete(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+    parameters.end()
+    await registry.delete(name)
+    return "unregistered"
