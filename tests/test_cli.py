@@ -264,3 +264,21 @@ def test_importing_the_command_imports_no_torch():
     code = "import sys, worker.cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = _python(code)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_worker_does_not_let_threads_spin_for_long_unless_told_to(cli, monkeypatch, environ, spins):
+    from worker import app as worker_app
+
+    async def run_worker(*_: Any) -> None:
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(worker_app, "run_worker", run_worker)
+    given = ["--model", "nobody/nothing", "--queue-url", QUEUE, "--output-prefixes", OUT]
+    result = cli("worker", *given, **environ)
+    assert result.exit_code == 0, result.output
