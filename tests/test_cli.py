@@ -277,7 +277,8 @@ def test_worker_does_not_let_threads_spin_for_long_unless_told_to(cli, monkeypat
         assert os.environ.get("GOMP_SPINCOUNT") == spins
 
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(worker_app, "run_worker", run_worker)
     given = ["--model", "nobody/nothing", "--queue-url", QUEUE, "--output-prefixes", OUT]
     result = cli("worker", *given, **environ)
