@@ -34,7 +34,9 @@ class LoRAStep(NamedTuple):
 
     segments: Sequence[tuple[LoRATable, Run]]
     """Tokens that go by segments; the runs say entries of the table instead of slots."""
-    rows: Sequence[tuple[LoRATable, TokenEntries]] = ()
+    rows: Sequence[tuple[LoRATable, TokenEntries]]
+    dtype: torch.dtype
+    """That of all tables of an engine."""
 
 
 class LoRALayers:
@@ -99,9 +101,10 @@ class LoRALayers:
             for table, runs in itertools.groupby(decode, lambda run: self._entries[run[0]].table)
         ]
         if not decode or self._choose(decode, len(tables)) is Way.SEGMENTS:
-            return LoRAStep([*map(self._segment, chunks + decode)])
+            chunks, tables = chunks + decode, []
         rows = [(table, TokenEntries([self._segment(run)[1] for run in runs])) for table, runs in tables]
-        return LoRAStep([*map(self._segment, chunks)], rows)
+        dtype = next(iter(self._entries.values())).table.dtype
+        return LoRAStep([*map(self._segment, chunks)], rows, dtype)
 
     def _form(self, weights: LoRAWeights) -> Form:
         return Form(
@@ -139,12 +142,12 @@ class LoRALayers:
         step = self.step
         if step is None:
             return
-        dtype = next((table.dtype for table, _ in (*step.segments, *step.rows) if table.fields[number]), None)
-        if dtype == y.dtype:
+        if step.dtype == y.dtype:
             _apply(step, number, x, y)
-        elif dtype is not None:  # `lora_dtype` differs from the base model's: the sum alone is in ours
-            delta = torch.zeros_like(y, dtype=dtype)
-            _apply(step, number, x.to(dtype), delta)
+        elif any(table.fields[number] for table, _ in (*step.segments, *step.rows)):
+            # `lora_dtype` differs from the base model's: the sum alone is in ours.
+            delta = torch.zeros_like(y, dtype=step.dtype)
+            _apply(step, number, x.to(step.dtype), delta)
             y.add_(delta)
 
 
