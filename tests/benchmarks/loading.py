@@ -46,14 +46,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="loramill-benchmark-") as folder:
         _say(f"writing {settings.adapters} adapters")
         paths = write_adapters(Path(folder), settings)
-        file_bytes = sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
+        files_mib = sum((path / "adapter_model.safetensors").stat().st_size for path in paths) / 2**20
         reading = _times(paths, _read)
         ours, put, memory = _ours(settings, paths)
         _say("ours is done; PEFT takes longer")
         peft = _peft(settings, paths[: args.peft_adapters])
-    _show(settings, reading, ours, put, peft, memory / file_bytes)
+    _show(settings, reading, ours, put, peft, memory / files_mib)
     growth, over = _last(ours) / _first(ours), _last(ours) / _last(reading)
-    held = growth <= _MAX_GROWTH and over <= _MAX_OVER_READING and memory <= _MAX_MEMORY * file_bytes
+    held = growth <= _MAX_GROWTH and over <= _MAX_OVER_READING and memory <= _MAX_MEMORY * files_mib
     return 0 if held else 1
 
 
@@ -72,8 +72,8 @@ def _read(path: Path) -> dict[str, Any]:
     return safetensors.torch.load((path / "adapter_model.safetensors").read_bytes())
 
 
-def _ours(settings: Settings, paths: list[Path]) -> tuple[list[float], list[float], int]:
-    """Seconds of each load and of each put into one of the slots, and the bytes all loads together took."""
+def _ours(settings: Settings, paths: list[Path]) -> tuple[list[float], list[float], float]:
+    """Seconds of each load and of each put into one of the slots, and the MiB all loads together took."""
     import torch
 
     from tests.engine.harness import Harness
@@ -95,10 +95,10 @@ def _ours(settings: Settings, paths: list[Path]) -> tuple[list[float], list[floa
 
     loads = _times(paths, partial(load, LoRAStore(loader, _RESIDENT)))
     store = LoRAStore(loader, len(paths))
-    before = _resident_bytes()
+    before = machine.resident_mib()
     for path in paths:
         load(store, path)
-    memory = _resident_bytes() - before
+    memory = machine.resident_mib() - before
     puts = []
     for number, key in enumerate(keys):
         started = time.perf_counter()
@@ -118,11 +118,6 @@ def _peft(settings: Settings, paths: list[Path]) -> list[float]:
     first = time.perf_counter() - started
     load = partial(model.load_adapter, low_cpu_mem_usage=True)
     return [first, *_times(paths[1:], lambda path: load(path, adapter_name=path.name))]
-
-
-def _resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def _first(taken: Sequence[float]) -> float:

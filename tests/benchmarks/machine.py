@@ -35,6 +35,11 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def resident_mib() -> float:
+    """Memory of this process that is resident now, MiB. Linux only."""
+    return int(_values(Path("/proc/self/status").read_text(), "VmRSS")[0].split()[0]) / 1024
+
+
 def _values(text: str, name: str) -> list[str]:
     pairs = (line.partition(":") for line in text.splitlines())
     return [value.strip() for key, _, value in pairs if key.strip() == name]

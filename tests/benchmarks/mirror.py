@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from adapters_sync.layout import scan
 from adapters_sync.reconcile import Mirror
@@ -249,15 +250,8 @@ def _environment(address: str) -> Iterator[None]:
         "AWS_DEFAULT_REGION": servers.REGION,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
-    try:
+    with mock.patch.dict(os.environ, told):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 if __name__ == "__main__":

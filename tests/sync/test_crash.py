@@ -74,17 +74,29 @@ def change(world):
 AFTER = {"kept": 1, "changed": 2, "new": 3}
 
 
-def test_a_kill_between_any_two_steps_is_mended_by_the_next_start(world, monkeypatch):
-    prepare(world)
-    old = {"kept": 1, "changed": 1, "removed": 1}
-    volume = world.adapters_dir.parent
+BEFORE = {"kept": 1, "changed": 1, "removed": 1}
+
+
+def rewound(volume):
+    """Numbers from 0 on; at each the volume is what it is now."""
     pristine = volume.with_name("pristine")
     volume.rename(pristine)
-    change(world)
-    fell_on = set()
     for step in range(1000):
         shutil.rmtree(volume, ignore_errors=True)
         shutil.copytree(pristine, volume, symlinks=True)
+        yield step
+
+
+def steps(world):
+    """Numbers from 0 on; at each the volume holds BEFORE, and the bucket what leads to AFTER."""
+    prepare(world)
+    change(world)
+    return rewound(world.adapters_dir.parent)
+
+
+def test_a_kill_between_any_two_steps_is_mended_by_the_next_start(world, monkeypatch):
+    fell_on = set()
+    for step in steps(world):
         with monkeypatch.context() as patch:
             guillotine = Guillotine(patch, step)
             try:
@@ -92,8 +104,8 @@ def test_a_kill_between_any_two_steps_is_mended_by_the_next_start(world, monkeyp
             except Killed:
                 fell_on.add(guillotine.fell_on)
         seen = contents(world)
-        assert seen.keys() <= old.keys() | AFTER.keys()
-        assert all(fill in (old.get(name), AFTER.get(name)) for name, fill in seen.items())
+        assert seen.keys() <= BEFORE.keys() | AFTER.keys()
+        assert all(fill in (BEFORE.get(name), AFTER.get(name)) for name, fill in seen.items())
         assert seen.keys() >= {"kept", "changed"}
         if guillotine.fell_on is None:
             break
@@ -113,13 +125,8 @@ def test_a_kill_while_a_damaged_version_is_mended_is_mended_by_the_next_start(wo
     damaged = resolve(world.adapters_dir, "kept").path / WEIGHTS
     damaged.unlink()
     damaged.mkdir()
-    volume = world.adapters_dir.parent
-    pristine = volume.with_name("pristine")
-    volume.rename(pristine)
     fell_on = set()
-    for step in range(1000):
-        shutil.rmtree(volume, ignore_errors=True)
-        shutil.copytree(pristine, volume, symlinks=True)
+    for step in rewound(world.adapters_dir.parent):
         with monkeypatch.context() as patch, hold(resolve(world.adapters_dir, "kept")):
             guillotine = Guillotine(patch, step)
             try:

@@ -1,9 +1,7 @@
 """A volume that fills up between any two steps: a pass does what it can, and a later one mends the rest."""
 
-import shutil
-
 from adapters_sync.report import FailureKind
-from tests.sync.test_crash import AFTER, Guillotine, change, contents, prepare
+from tests.sync.test_crash import AFTER, BEFORE, Guillotine, contents, steps
 
 FREEING = ("unlink", "rmdir")
 """Steps that a full volume still takes."""
@@ -20,15 +18,7 @@ class Full(Guillotine):
 
 
 def test_a_volume_that_is_full_from_any_step_on_is_mended_once_it_has_room(world, monkeypatch):
-    prepare(world)
-    old = {"kept": 1, "changed": 1, "removed": 1}
-    volume = world.adapters_dir.parent
-    pristine = volume.with_name("pristine")
-    volume.rename(pristine)
-    change(world)
-    for step in range(1000):
-        shutil.rmtree(volume, ignore_errors=True)
-        shutil.copytree(pristine, volume, symlinks=True)
+    for step in steps(world):
         with monkeypatch.context() as patch:
             full = Full(patch, step)
             report = world.sync(passes=2, grace_seconds=5)
@@ -37,7 +27,7 @@ def test_a_volume_that_is_full_from_any_step_on_is_mended_once_it_has_room(world
         assert report.failures.keys() <= {FailureKind.DISK}
         seen = contents(world)
         assert seen.keys() >= {"kept", "changed"}
-        assert all(fill in (old.get(name), AFTER.get(name)) for name, fill in seen.items())
+        assert all(fill in (BEFORE.get(name), AFTER.get(name)) for name, fill in seen.items())
         assert world.sync(passes=2, grace_seconds=5).ok
         assert contents(world) == AFTER
     assert step > 20
