@@ -71,10 +71,8 @@ def change(world):
     world.bucket.remove_adapter("removed")
 
 
-AFTER = {"kept": 1, "changed": 2, "new": 3}
-
-
 BEFORE = {"kept": 1, "changed": 1, "removed": 1}
+AFTER = {"kept": 1, "changed": 2, "new": 3}
 
 
 def rewound(volume):
