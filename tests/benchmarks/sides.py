@@ -30,6 +30,7 @@ from tests.benchmarks.workload import Request, Settings
 
 DTYPES = ("float32", "bfloat16")
 _TIMEOUT_SECONDS = 7200
+_TUNING_SECONDS = 300
 
 
 class SideFailed(Exception):
@@ -59,7 +60,7 @@ class Ours:
         from tests.engine.harness import Harness
 
         known = inspect.signature(Harness.__init__).parameters
-        options = {"max_loras": settings.batch} | engine
+        options = {"max_loras": settings.batch, "tuner": _tuner(settings)} | engine
         self._engine_options = {name: value for name, value in options.items() if name in known}
         self._batch = settings.batch
         self._harness = Harness(
@@ -266,6 +267,7 @@ KINDS = {
     "ours-mixed": Kind(Ours),
     "ours-base": Kind(Ours, adapters=0),
     "ours-one": Kind(Ours, adapters=1),
+    "ours-untuned": Kind(partial(Ours, tuner=None)),
     "ours-prefix-reused": Kind(partial(Ours, prefix_reuse=True), prefixed=True),
     "ours-prefix-repeated": Kind(partial(Ours, prefix_reuse=False), prefixed=True),
     "ours-few-slots": Kind(partial(Ours, max_loras=_FEW_SLOTS), times_rows=2),
@@ -315,6 +317,15 @@ def measure(name: str, dtype: str, settings: Settings, adapters: list[Path]) -> 
         "details": timed.details,
         "tokens": [timed.tokens[number] for number in sorted(timed.tokens)],
     }
+
+
+def _tuner(settings: Settings) -> Any:
+    """As the worker has it on a GPU, but that nothing is kept."""
+    if settings.device == "cpu":
+        return None
+    from worker.engine.kernels.tuning import CudaTimer, TimingTuner
+
+    return TimingTuner(CudaTimer(), _TUNING_SECONDS)
 
 
 def measure_apart(name: str, dtype: str, settings: Settings, adapters: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
+from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import CacheShape, ModelRunner
@@ -32,6 +33,7 @@ class Harness:
         memory_share: float | None = None,
         prefix_reuse: bool = True,
         kernels: bool | None = None,
+        tuner: Tuner | None = None,
         look_ahead: bool | None = None,
     ) -> None:
         self.base = load_base_model(
@@ -45,7 +47,12 @@ class Harness:
             lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
         )
         self.runner = ModelRunner(
-            self.base, limits, cache_shape=cache_shape, memory_share=memory_share, kernels=kernels
+            self.base,
+            limits,
+            cache_shape=cache_shape,
+            memory_share=memory_share,
+            kernels=kernels,
+            tuner=tuner,
         )
         self.store = LoRAStore(
             AdapterLoader(

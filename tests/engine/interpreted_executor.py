@@ -9,7 +9,10 @@ import pytest
 
 from tests import tiny
 from tests.engine.harness import Harness
+from worker.engine import lora_kernels
 from worker.engine.graphs import DecodeGraphs
+from worker.engine.kernels.tilings import Fit, Tuner, Work, default_tiling
+from worker.engine.lora_ops import add_stack
 from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
@@ -32,6 +35,18 @@ class Recorded:
         return replay, logits
 
 
+class OtherWays(Tuner):
+    """Long runs by dense products, and kernels cut as they never are by default."""
+
+    def tune(self, situation):
+        tilings = {}
+        for in_features, sizes in situation.projections:
+            for tokens in (situation.decode_tokens, situation.chunk_tokens):
+                work = Work(in_features, sizes, -(-situation.max_rank // 8) * 8, tokens, 4)
+                tilings[work] = default_tiling(work)._replace(splits=2, ranks=16, features=16, columns=16)
+        return Fit(tilings, dense_from=5)
+
+
 def prompts(count, seed=0):
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(rng.choice([1, 2, 5, 11]))] for _ in range(count)]
@@ -52,8 +67,13 @@ def requests(keys, rows):
     return made
 
 
-@pytest.mark.parametrize(("architecture", "graphs"), [("llama", True), ("gemma2", False), ("gpt2", True)])
-def test_mixed_batch_equals_peft_token_for_token(architecture, graphs, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "graphs", "tuner"),
+    [("llama", True, None), ("gemma2", False, None), ("gpt2", True, None), ("llama", True, OtherWays())],
+)
+def test_mixed_batch_equals_peft_token_for_token(architecture, graphs, tuner, tmp_path, monkeypatch):
+    dense = []
+    monkeypatch.setattr(lora_kernels, "add_stack", lambda *given: dense.append(add_stack(*given)))
     base = tiny.make_base(tmp_path / "base", architecture, num_hidden_layers=2)
     every = tiny.ARCHITECTURES[architecture][2]
     fan = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
@@ -66,6 +86,7 @@ def test_mixed_batch_equals_peft_token_for_token(architecture, graphs, tmp_path)
     harness = Harness(
         base,
         kernels=True,
+        tuner=tuner,
         max_loras=2,
         max_num_seqs=5,
         max_num_batched_tokens=20,
@@ -80,6 +101,7 @@ def test_mixed_batch_equals_peft_token_for_token(architecture, graphs, tmp_path)
         expected = tiny.peft_generate(base, folder, rows, NEW, eos_token_id=None)
         assert [list(done[f"{index}/{row}"].token_ids) for row in range(len(rows))] == expected
     assert bool(capture.captured) == graphs
+    assert bool(dense) == (tuner is not None)
     if graphs:
         before = capture.captured
         again = harness.run(requests(keys[:2], rows))

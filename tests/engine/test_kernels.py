@@ -106,7 +106,7 @@ def test_lora_compiles_to_wide_loads_within_shared_memory(compiled, max_tokens, 
     table = lora.LoRATable(32, 4096, [4096, 1024, 1024], max_rank=64, dtype=torch.bfloat16, device="cpu")
     tokens = lora.tile_tokens([(3, 0, 7)], max_tokens, 32)
     x, y = (torch.zeros(7, size, dtype=torch.bfloat16) for size in (4096, 6144))
-    scratch = torch.zeros(lora.scratch_size(max_tokens, [table]))
+    scratch = torch.zeros(lora.scratch_size(table, max_tokens, torch.bfloat16))
     kernels = compiled(
         lora, ["_shrink", "_expand"], lambda: lora.add_lora(x, y, table, tokens, scratch), capability
     )

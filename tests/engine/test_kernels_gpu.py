@@ -17,10 +17,13 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from worker.engine.adapter import LoRAPair
-from worker.engine.kernels import attention, lora
+from worker.engine.kernels import attention
 from worker.engine.kernels.attention import paged_decode, paged_prefill
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
-from worker.engine.lora_ops import add_lora_reference
+from worker.engine.kernels.tilings import Situation, default_tiling, expands_to_try, shrinks_to_try
+from worker.engine.kernels.trial import Trial
+from worker.engine.kernels.tuning import CudaTimer, Timer, TimingTuner
+from worker.engine.lora_ops import add_lora_reference, add_stack
 
 pytestmark = pytest.mark.gpu
 on_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real device")
@@ -82,7 +85,7 @@ class LoRACase(NamedTuple):
         return y
 
     def expected(self):
-        result, first = self.y.float().cpu(), 0
+        result, first = self.y.float().cpu().clone(), 0
         for member, out in enumerate(self.table.out_features):
             own = {
                 slot: LoRAPair(*(tensor.cpu() for tensor in pairs[member]))
@@ -95,8 +98,8 @@ class LoRACase(NamedTuple):
         return result
 
 
-def scratch_for(table, max_tokens):
-    return torch.full((scratch_size(max_tokens, [table]),), nan, device=DEVICE)
+def scratch_for(table, max_tokens, dtype=torch.float32):
+    return torch.full((scratch_size(table, max_tokens, dtype),), nan, device=DEVICE)
 
 
 SLOTS = 5
@@ -129,7 +132,7 @@ def lora_cases(draw):
         if slot is not None:
             runs.append((slot, tokens, tokens + length))
         tokens += length
-    max_tokens = draw(st.sampled_from([tokens, tokens + 3, lora._FEW_TOKENS + tokens]))
+    max_tokens = draw(st.sampled_from([tokens, tokens + 3, 256 + tokens]))
     x, y = normal(tokens, in_features, dtype=dtype), normal(tokens, sum(out_features), dtype=dtype)
     return LoRACase(x, y, table, pairs, runs, max_tokens)
 
@@ -190,6 +193,91 @@ def test_lora_reads_and_writes_strided_views_and_nothing_beside_them(dtype, max_
     assert_close(case.y, expected)
     assert torch.equal(wide_y[:, 48:], before[:, 48:])
     assert torch.equal(wide_y[:, :16], before[:, :16])
+
+
+def every_tiling(work):
+    """What a tuner may choose: changes to shrink, then to expand."""
+    shrinks = shrinks_to_try(work)
+    return [*shrinks, *expands_to_try(shrinks[-1])[1:]]
+
+
+@pytest.mark.parametrize("max_tokens", [48, 400])
+def test_lora_is_the_same_however_it_is_cut(max_tokens):
+    normal, size = random_tensors(8), 1100
+    table = LoRATable(3, size, [48, 33], max_rank=40, dtype=torch.float32, device=DEVICE)
+    pairs = {
+        slot: [
+            LoRAPair(normal(r, size) / size**0.5, normal(48, r)),
+            None if r == 3 else LoRAPair(normal(r, size) / size**0.5, normal(33, r)),
+        ]
+        for slot, r in ((0, 40), (1, 3), (2, 16))
+    }
+    for slot, own in pairs.items():
+        table.put(slot, own)
+    x, y = normal(42, size), normal(42, 81)
+    case = LoRACase(x, y, table, pairs, [(2, 0, 5), (0, 5, 38), (1, 40, 42)], max_tokens)
+    expected = case.expected()
+    tilings = every_tiling(table.work(max_tokens, torch.float32))
+    assert len(set(tilings)) == len(tilings) >= 10
+    for tiling in tilings:
+        table.set_tiling(table.work(max_tokens, torch.float32), tiling)
+        assert_close(case.run(), expected)
+
+
+def test_products_are_the_kernels_equal():
+    normal = random_tensors(9)
+    table = LoRATable(2, 40, [16, 8, 24], max_rank=16, dtype=torch.float32, device=DEVICE)
+    own = [LoRAPair(normal(5, 40), normal(16, 5)), None, LoRAPair(normal(16, 40), normal(24, 16))]
+    table.put(1, own)
+    x, y = normal(20, 40) / 40**0.5, normal(20, 48)
+    by_products = y.clone()
+    add_stack(x[3:], by_products[3:], table.stack(1))
+    assert_close(by_products, LoRACase(x, y, table, {1: own}, [(1, 3, 20)], 20).expected())
+    assert table.stack(0) is None
+
+
+SITUATION = Situation(
+    [(64, (64, 32)), (128, (64,)), (64, (64, 32))],
+    decode_tokens=8,
+    chunk_tokens=320,
+    max_loras=4,
+    max_rank=16,
+    lora_dtype=torch.float16,
+    dtype=torch.float16,
+    device=torch.device(DEVICE),
+)
+
+
+@on_cuda
+def test_device_is_timed_once(tmp_path):
+    class Never(Timer):
+        def replayed(self, launch):
+            raise AssertionError("known already")
+
+        launched = replayed
+
+    file = tmp_path / "kernels" / "this.json"
+    fit = TimingTuner(CudaTimer(), 120, file).tune(SITUATION)
+    assert len(fit.tilings) == 4
+    assert TimingTuner(Never(), 120, file).tune(SITUATION) == fit
+
+
+@pytest.mark.parametrize("tokens", [SITUATION.decode_tokens, SITUATION.chunk_tokens])
+def test_trial_does_what_a_step_does(tokens):
+    trial = Trial(SITUATION.projections[0], tokens, SITUATION)
+    tiling = default_tiling(trial.work)
+    launches = [trial.kernels(tiling), trial.kernels(tiling, [(0, 0, tokens)]), trial.products(tokens)]
+    changes = []
+    for launch in launches:
+        before = trial.y.clone()
+        launch()
+        changes.append(trial.y - before)
+        assert changes[-1].isfinite().all()
+        assert changes[-1].any(dim=1).all(), "a token without an adapter"
+    assert_close(changes[1], changes[2])
+    idle = trial.y.clone()
+    trial.kernels(tiling, [(0, 0, 0)])()
+    assert torch.equal(trial.y, idle)
 
 
 def one_pair(value, rank=1, out=2, dtype=torch.float32):

@@ -9,7 +9,7 @@ from worker.engine.attention_kernels import KernelAttentionPlan
 from worker.engine.executor import Executor, Inputs, PackedRow
 from worker.engine.graphs import Capture, DecodeGraphs, fitting_size
 from worker.engine.kernels.lora import TokenTiles
-from worker.engine.lora_kernels import KernelLoRALayers
+from worker.engine.lora_kernels import KernelLoRALayers, KernelLoRAStep
 
 
 class KernelExecutor(Executor):
@@ -45,7 +45,7 @@ class KernelExecutor(Executor):
         )
         inputs = self._inputs(rows, latest)
         if self._graphs is not None and all(len(row.tokens) == row.keep == 1 for row in rows):
-            return self._replay(self._graphs, inputs, plan, lora)
+            return self._replay(self._graphs, inputs, plan, None if lora is None else lora.tiles)
         with self._step(plan, lora):
             return self._forward(inputs)
 
@@ -60,7 +60,7 @@ class KernelExecutor(Executor):
         buffers.fill(inputs, plan, lora, self._trash)
 
         def forward() -> torch.Tensor:
-            with self._step(buffers.plan, None if lora is None else buffers.lora):
+            with self._step(buffers.plan, None if lora is None else KernelLoRAStep(buffers.lora)):
                 return self._forward(buffers.inputs)
 
         return graphs.run(num_rows, None if lora is None else self.lora.generation, forward)

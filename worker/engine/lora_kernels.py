@@ -2,15 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
+from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.limits import EngineLimits
-from worker.engine.lora_plan import merge_runs
+from worker.engine.lora_ops import add_stack
+from worker.engine.lora_plan import Run, merge_runs
 from worker.engine.projections import Projection
 from worker.engine.transfer import to_device
+
+
+class KernelLoRAStep(NamedTuple):
+    """How one step applies LoRA."""
+
+    tiles: TokenTiles | None
+    """Tokens that go by the kernels; None when none does."""
+    dense: Sequence[Run] = ()
+    """Runs that go by products of torch's own: long ones, never in a captured step."""
 
 
 class KernelLoRALayers:
@@ -21,15 +33,25 @@ class KernelLoRALayers:
     """
 
     def __init__(
-        self, projections: Mapping[tuple[str, ...], Projection], device: torch.device, limits: EngineLimits
+        self,
+        projections: Mapping[tuple[str, ...], Projection],
+        device: torch.device,
+        limits: EngineLimits,
+        dtype: torch.dtype,
+        tuner: Tuner | None = None,
     ) -> None:
-        """`projections` by the names of their modules."""
-        self.step: TokenTiles | None = None
+        """`projections` by the names of their modules; `dtype` is that of what they are given.
+
+        With a `tuner` the construction takes as long as that may take.
+        """
+        self.step: KernelLoRAStep | None = None
         self.generation = 0
         """Goes up when a captured graph would no longer find what it was captured with."""
         self._projections = projections
         self._device = device
         self._limits = limits
+        self._dtype = dtype
+        self._fit = Fit({}, None) if tuner is None else tuner.tune(self._situation())
         self._tables: dict[tuple[str, ...], LoRATable] = {}
         self._scratch = torch.empty(0, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -48,21 +70,31 @@ class KernelLoRALayers:
         """A key to sort decoding rows by: tokens of one adapter read together are read once."""
         return -1 if slot is None else slot
 
-    def plan(self, spans: Sequence[tuple[int | None, int]]) -> TokenTiles | None:
+    def plan(self, spans: Sequence[tuple[int | None, int]]) -> KernelLoRAStep | None:
         """The step for rows of `(slot, tokens)`; None when none has an adapter."""
         runs = merge_runs(spans)
         if not runs:
             return None
-        tiles = self.empty_step(sum(tokens for _, tokens in spans))
-        host = tile_tokens(runs, tiles.max_tokens, tiles.max_slots)
+        num_tokens = sum(tokens for _, tokens in spans)
+        dense = [run for run in runs if self._is_dense(run, num_tokens)]
+        by_kernels = [run for run in runs if run not in dense]
+        if not by_kernels:
+            return KernelLoRAStep(None, dense)
+        tiles = self.empty_step(num_tokens)
+        host = tile_tokens(by_kernels, tiles.max_tokens, tiles.max_slots)
         tiles.buffer.copy_(to_device(host.buffer, self._device))
-        return tiles
+        return KernelLoRAStep(tiles, dense)
+
+    def _is_dense(self, run: Run, num_tokens: int) -> bool:
+        """Whether products serve it: by its own length alone, so that no neighbour changes its sums."""
+        least = self._fit.dense_from
+        return least is not None and num_tokens > self._limits.max_num_seqs and run[2] - run[1] >= least
 
     def empty_step(self, num_tokens: int) -> TokenTiles:
         """Tiles without tokens, with room for a decode step if that is enough, else for any."""
-        limits = self._limits
-        room = limits.max_num_seqs if num_tokens <= limits.max_num_seqs else limits.max_num_batched_tokens
-        return TokenTiles(room, limits.max_loras, self._device)
+        decode, chunks = self._capacities
+        room = decode if num_tokens <= decode else chunks
+        return TokenTiles(room, self._limits.max_loras, self._device)
 
     def _to_device(self, pairs: Mapping[str, LoRAPair]) -> dict[str, LoRAPair]:
         """On a GPU by a stream of their own, beside the step that is under way; the next one waits for it."""
@@ -94,10 +126,9 @@ class KernelLoRALayers:
                 dtype=limits.lora_dtype,
                 device=self._device,
             )
-            needed = max(
-                scratch_size(tokens, [table])
-                for tokens in (limits.max_num_seqs, limits.max_num_batched_tokens)
-            )
+            for work, tiling in self._fit.tilings.items():
+                table.set_tiling(work, tiling)
+            needed = max(scratch_size(table, tokens, self._dtype) for tokens in self._capacities)
             if needed > len(self._scratch):
                 self._scratch = torch.empty(needed, dtype=torch.float32, device=self._device)
             self.generation += 1
@@ -105,5 +136,28 @@ class KernelLoRALayers:
         return table
 
     def _add(self, table: LoRATable, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self.step is not None:
-            add_lora(x, y, table, self.step, self._scratch)
+        if self.step is None:
+            return
+        if self.step.tiles is not None:
+            add_lora(x, y, table, self.step.tiles, self._scratch)
+        for slot, start, stop in self.step.dense:
+            stack = table.stack(slot)
+            if stack is not None:
+                add_stack(x[start:stop], y[start:stop], stack)
+
+    def _situation(self) -> Situation:
+        decode, chunks = self._capacities
+        return Situation(
+            [(projection.in_features, tuple(projection.sizes)) for projection in self._projections.values()],
+            decode_tokens=decode,
+            chunk_tokens=chunks,
+            max_loras=self._limits.max_loras,
+            max_rank=self._limits.max_lora_rank,
+            lora_dtype=self._limits.lora_dtype,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    @property
+    def _capacities(self) -> tuple[int, int]:
+        return self._limits.max_num_seqs, self._limits.max_num_batched_tokens

@@ -14,6 +14,7 @@ from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel, free_memory
 from worker.engine.discovery import Discovery, discover
 from worker.engine.executor import Executor, HostExecutor, PackedRow
+from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
@@ -85,12 +86,14 @@ class ModelRunner:
         cache_shape: CacheShape | None = None,
         memory_share: float | None = None,
         costs: Costs | None = None,
+        tuner: Tuner | None = None,
         kernels: bool | None = None,
     ) -> None:
         """`memory_share` is the part of the memory left by the weights that the KV cache may take.
 
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
-        what LoRA goes by on a CPU, and `kernels` whether the project's own kernels run: on a GPU they do.
+        what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
+        do, and `tuner` fits those of LoRA to the device.
         """
         self._base = base
         self._model = base.model
@@ -103,7 +106,7 @@ class ModelRunner:
         """Token ids from this on are unknown to the model."""
         self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
         try:
-            self._build(cache_shape, memory_share, costs)
+            self._build(cache_shape, memory_share, costs, tuner)
         except (ModelError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as exc:  # whatever a model's own code makes of the example
@@ -111,7 +114,13 @@ class ModelRunner:
             raise ModelError(f"{name} cannot be served: a short example ended with {exc!r}") from exc
 
     @torch.inference_mode()
-    def _build(self, cache_shape: CacheShape | None, memory_share: float | None, costs: Costs | None) -> None:
+    def _build(
+        self,
+        cache_shape: CacheShape | None,
+        memory_share: float | None,
+        costs: Costs | None,
+        tuner: Tuner | None,
+    ) -> None:
         model, device = self._model, self._base.device
         expected = self._probe.expected(model, device)
         self.num_logits: int = expected.shape[-1]
@@ -125,7 +134,7 @@ class ModelRunner:
         self.cache_shape = cache_shape or self._choose_cache_shape(self._limits.max_num_seqs, memory_share)
         blocks, size = self.cache_shape
         self._attention.allocate(blocks + self._kernels, size, device)
-        self._executor = self._make_executor(projections, costs)
+        self._executor = self._make_executor(projections, costs, tuner)
         self._verify(self._probe, expected)
 
     @property
@@ -263,7 +272,12 @@ class ModelRunner:
             Projection([modules[found.head]], keep)  # the module holds it
         return projections
 
-    def _make_executor(self, projections: dict[tuple[str, ...], Projection], costs: Costs | None) -> Executor:
+    def _make_executor(
+        self,
+        projections: dict[tuple[str, ...], Projection],
+        costs: Costs | None,
+        tuner: Tuner | None,
+    ) -> Executor:
         parts = self._model, self._attention, list(projections.values())
         blocks, size = self.cache_shape
         device = self._base.device
@@ -277,7 +291,7 @@ class ModelRunner:
 
         return KernelExecutor(
             *parts,
-            KernelLoRALayers(projections, device, self._limits),
+            KernelLoRALayers(projections, device, self._limits, self._base.dtype, tuner),
             device,
             num_blocks=blocks,
             block_size=size,

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from worker.engine.adapter import LoRAPair
 from worker.engine.kernels.tiles import power_of_two
+from worker.engine.kernels.tilings import Tiling, Work, default_tiling, tile_size
+from worker.engine.lora_ops import Part, Stack
 from worker.engine.lora_plan import Run
 
-_FEW_TOKENS = 256
-"""Up to this capacity a step is taken for decoding: small tiles, and the shrink's sum is split."""
 _RANK_ALIGNMENT = 8
 """Ranks are rounded up to this with zeros: each row of B then starts at a multiple of 16 bytes."""
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -38,7 +38,7 @@ class TokenTiles:
     def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str = "cpu") -> None:
         self.max_tokens = max_tokens
         self.max_slots = max_slots
-        self.tile_size = 16 if max_tokens <= _FEW_TOKENS else 64
+        self.tile_size = tile_size(max_tokens)
         active = min(max_slots, max_tokens)
         self.max_tiles = active + (max_tokens - active) // self.tile_size
         self.buffer = torch.zeros(max_tokens + 3 * self.max_tiles, dtype=torch.int32, device=device)
@@ -111,7 +111,23 @@ class LoRATable:
         self.rows = torch.zeros(max_slots, 2 + 3 * len(edges[1:]), dtype=torch.int64, device=device)
         """[max_slots, 2 + 3 * members]: the address of the stacked A and its rank, then for each member
         the address of B, its rank, and the first of its rows in the stack. Rank 0: nothing here."""
-        self._held: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._held: dict[int, tuple[torch.Tensor, list[LoRAPair | None]]] = {}
+        self._tilings: dict[Work, Tiling] = {}
+
+    def work(self, max_tokens: int, dtype: torch.dtype) -> Work:
+        """What a step with room for `max_tokens` is to the kernels, for x of `dtype`."""
+        itemsize = torch.promote_types(dtype, self.dtype).itemsize
+        return Work(self.in_features, self.out_features, self.max_rank, max_tokens, itemsize)
+
+    def tiling(self, work: Work) -> Tiling:
+        """How that work is cut: as it was set, or by default."""
+        tiling = self._tilings.get(work)
+        if tiling is None:
+            tiling = self._tilings[work] = default_tiling(work)
+        return tiling
+
+    def set_tiling(self, work: Work, tiling: Tiling) -> None:
+        self._tilings[work] = tiling
 
     def put(self, slot: int, pairs: Sequence[LoRAPair | None]) -> None:
         """Replace what `slot` holds by one adapter: a pair for each member, None where it has nothing.
@@ -134,12 +150,27 @@ class LoRATable:
             row += [0 if pair is None else pair.b.data_ptr(), rank, first]
             first += rank
         self.rows[slot].copy_(torch.tensor(row))
-        self._held[slot] = (a, *(pair.b for pair in present))
+        self._held[slot] = a, padded
 
     def clear(self, slot: int) -> None:
         """Leave `slot` empty: its tokens get nothing from this table."""
         if self._held.pop(slot, None) is not None:
             self.rows[slot].zero_()
+
+    def stack(self, slot: int) -> Stack | None:
+        """What `slot` holds, as matrices for products of torch's own; views. None if it holds nothing."""
+        held = self._held.get(slot)
+        if held is None:
+            return None
+        a, pairs = held
+        parts, rank, column = list[Part](), 0, 0
+        for pair, out_features in zip(pairs, self.out_features, strict=True):
+            if pair is not None:
+                ranks, columns = slice(rank, rank + pair.rank), slice(column, column + out_features)
+                parts.append(Part(ranks, columns, pair.b.T))
+                rank += pair.rank
+            column += out_features
+        return Stack(a.T, tuple(parts))
 
     def _padded(self, pair: LoRAPair) -> LoRAPair:
         missing = -pair.rank % _RANK_ALIGNMENT
@@ -153,16 +184,9 @@ class LoRATable:
         return LoRAPair(_aligned(a), _aligned(b))
 
 
-def scratch_size(max_tokens: int, tables: Iterable[LoRATable]) -> int:
-    """How many float32 numbers `add_lora` needs as scratch for any of `tables` and up to `max_tokens`."""
-    return max(
-        (
-            _splits(table, tokens) * tokens * table.max_stacked_rank
-            for table in tables
-            for tokens in {max_tokens, min(max_tokens, _FEW_TOKENS)}
-        ),
-        default=0,
-    )
+def scratch_size(table: LoRATable, max_tokens: int, dtype: torch.dtype) -> int:
+    """How many float32 numbers `add_lora` needs as scratch for x of `dtype`."""
+    return table.tiling(table.work(max_tokens, dtype)).splits * max_tokens * table.max_stacked_rank
 
 
 def add_lora(
@@ -176,37 +200,35 @@ def add_lora(
     `scratch` is float32 and flat, of `scratch_size` elements or more, and is overwritten.
 
     A token without an adapter is not touched. What a token gets does not depend on the tokens beside it,
-    only on its own x and adapter and `tokens.tile_size`. Never waits for the device.
+    only on its own x and adapter, `tokens.tile_size` and the table's tiling. Never waits for the device.
     """
     assert len(x) <= tokens.max_tokens
     assert x.shape == (len(y), table.in_features)
     assert y.shape[1] == table.sum_out
     assert x.stride(1) == y.stride(1) == 1
-    splits = _splits(table, tokens.max_tokens)
-    split_stride = tokens.max_tokens * table.max_stacked_rank
     assert scratch.dtype == torch.float32
-    assert scratch.numel() >= splits * split_stride
+    assert scratch.numel() >= scratch_size(table, tokens.max_tokens, x.dtype)
+    tiling = table.tiling(table.work(tokens.max_tokens, x.dtype))
     product = torch.promote_types(x.dtype, table.dtype)
     dtypes = {"LORA": _TRITON_DTYPES[table.dtype], "PRODUCT": _TRITON_DTYPES[product]}
-    few, wide = tokens.tile_size == 16, product == torch.float32
+    split_stride = tokens.max_tokens * table.max_stacked_rank
 
-    block_r = min(power_of_two(table.max_stacked_rank), 32 if few or wide else 64)
-    _shrink[tokens.max_tiles, triton.cdiv(table.max_stacked_rank, block_r), splits](
+    _shrink[tokens.max_tiles, triton.cdiv(table.max_stacked_rank, tiling.ranks), tiling.splits](
         x, table.rows, tokens.order, tokens.slots, tokens.starts, tokens.stops, scratch,
         x.stride(0), split_stride,
         ROW=table.rows.shape[1], IN_FEATURES=table.in_features, H_STRIDE=table.max_stacked_rank,
-        SPLITS=splits, BLOCK_M=tokens.tile_size, BLOCK_R=block_r,
-        BLOCK_K=(512 if few else 256) // product.itemsize, **dtypes, num_warps=4, num_stages=3,
+        SPLITS=tiling.splits, BLOCK_M=tokens.tile_size, BLOCK_R=tiling.ranks, BLOCK_K=tiling.features,
+        **dtypes, num_warps=tiling.shrink_warps, num_stages=tiling.shrink_stages,
     )  # fmt: skip
 
-    block_n = 64 if wide else 128
-    widest = triton.cdiv(max(table.out_features), block_n)
+    widest = triton.cdiv(max(table.out_features), tiling.columns)
     _expand[tokens.max_tiles, widest, len(table.out_features)](
         scratch, table.rows, table.edges, tokens.order, tokens.slots, tokens.starts, tokens.stops, y,
         y.stride(0), split_stride,
         ROW=table.rows.shape[1], H_STRIDE=table.max_stacked_rank, ALIGNED=table.aligned,
-        SPLITS=splits, BLOCK_M=tokens.tile_size, BLOCK_N=block_n,
-        BLOCK_R=min(power_of_two(table.max_rank), 32), **dtypes, num_warps=4, num_stages=2,
+        SPLITS=tiling.splits, BLOCK_M=tokens.tile_size, BLOCK_N=tiling.columns,
+        BLOCK_R=min(power_of_two(table.max_rank), 32), **dtypes,
+        num_warps=tiling.expand_warps, num_stages=tiling.expand_stages,
     )  # fmt: skip
 
 
@@ -289,13 +311,6 @@ def _expand(
     to = y + tokens[:, None] * y_stride + (left + columns)[None, :]
     mask = held[:, None] & own[None, :]
     tl.store(to, (tl.load(to, mask=mask, other=0.0) + total).to(y.dtype.element_ty), mask=mask)
-
-
-def _splits(table: LoRATable, max_tokens: int) -> int:
-    """Into how many parts shrink cuts its sum over features: few tokens alone would not fill a GPU."""
-    if max_tokens > _FEW_TOKENS:
-        return 1
-    return min(8, power_of_two(table.in_features // 512 or 1, smallest=1))
 
 
 def _round_up(number: int, multiple: int) -> int:
