@@ -1,5 +1,6 @@
 """An adapter folder is applied whole, as PEFT means it, or refused by the name of what is wrong."""
 
+import itertools
 import json
 import shutil
 import struct
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
@@ -207,11 +209,11 @@ def test_weights_that_overflow_only_when_scaled_are_refused(folder, targets):
     assert "not finite in torch.float32" in refusal(folder, targets)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.int64, "I64"), (torch.bool, "BOOL")])
 @pytest.mark.parametrize("side", ["A", "B"])
-def test_integer_tensors_are_refused(side, dtype, folder, targets):
+def test_integer_tensors_are_refused(side, dtype, name, folder, targets):
     change_tensors(folder, **{side: lambda tensor: tensor.to(dtype)})
-    assert f"lora_{side}.weight is of {dtype}, not of a floating-point type" in refusal(folder, targets)
+    assert f"lora_{side}.weight is of {name}, not of a floating-point type" in refusal(folder, targets)
 
 
 # Files
@@ -554,12 +556,83 @@ def test_linked_file_is_refused_as_it_may_change_behind_the_version(name, folder
     assert f"{name} is a link" in refusal(folder, targets)
 
 
-def test_weights_are_in_one_piece_and_aligned(folder, targets):
-    """One allocation for each adapter: what it takes is known, and a GPU can read it by itself."""
-    weights = load(folder, targets, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_in_one_piece(dtype, folder, targets):
+    """One allocation for each adapter: what it takes is known."""
+    weights = load(folder, targets, dtype=dtype)
     tensors = [tensor for pair in weights.pairs.values() for tensor in pair]
-    assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    (size,) = {tensor.untyped_storage().nbytes() for tensor in tensors}
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert size == weights.num_bytes
+
+
+def test_tensors_of_many_types_in_one_file_each_mean_what_they_say(folder, targets):
+    path = folder / WEIGHTS_FILE
+    types = itertools.cycle(
+        [torch.bfloat16, torch.float8_e4m3fn, torch.float64, torch.float32, torch.float16]
+    )
+    tensors = {
+        name: tensor.to(dtype) for (name, tensor), dtype in zip(load_file(path).items(), types, strict=False)
+    }
+    save_file(tensors, path)
+    scaling = json.loads((folder / CONFIG_FILE).read_text())["lora_alpha"] / 4
+    for name, (a, b) in load(folder, targets).pairs.items():
+        prefix = f"base_model.model.{name}.lora_"
+        assert torch.equal(a, tensors[f"{prefix}A.weight"].float())
+        assert torch.equal(b, tensors[f"{prefix}B.weight"].float() * scaling)
+
+
+def test_file_of_odd_sizes_in_any_order_of_types_is_read_where_its_tensors_lie(targets, llama, tmp_path):
+    """A rank of 3 and halves: what follows them does not begin at a multiple of its own size."""
+    folder = tiny.make_adapter(tmp_path / "odd", llama, r=3, target_modules=["q_proj"])
+    path = folder / WEIGHTS_FILE
+    tensors = load_file(path)
+    header, data = {}, b""
+    for number, (name, tensor) in enumerate(reversed(tensors.items())):
+        own = tensor.to(torch.float8_e5m2) if number % 2 else tensor
+        tensors[name] = own
+        raw = own.contiguous().view(torch.uint8).numpy().tobytes()
+        kind = "F8_E5M2" if number % 2 else "F32"
+        header[name] = {
+            "dtype": kind,
+            "shape": [*own.shape],
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+    for name, (a, _) in load(folder, targets).pairs.items():
+        assert torch.equal(a, tensors[f"base_model.model.{name}.lora_A.weight"].float())
+
+
+def test_header_is_judged_once_and_the_size_of_every_file(folder, targets, tmp_path, monkeypatch):
+    loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
+    first = loader(KEY, folder)
+    monkeypatch.setattr("worker.engine.adapter_loader.safe_open", None)
+    again = loader(KEY, folder)
+    for name, pair in first.pairs.items():
+        assert all(torch.equal(*both) for both in zip(pair, again.pairs[name], strict=True))
+    path = folder / WEIGHTS_FILE
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"\0", whole[:-100]):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterInvalid, match=f"{WEIGHTS_FILE} has {len(damaged)} bytes") as raised:
+            loader(KEY, folder)
+        assert raised.value.kind == "file"
+
+
+def test_file_that_is_replaced_while_its_header_is_judged_says_nothing(folder, targets, monkeypatch):
+    path, other = folder / WEIGHTS_FILE, folder / "other"
+    shutil.copy(path, other)
+
+    def replaced(*given, **options):
+        other.replace(path)
+        return safe_open(*given, **options)
+
+    monkeypatch.setattr("worker.engine.adapter_loader.safe_open", replaced)
+    with pytest.raises(OSError, match="was replaced while it was read"):
+        load(folder, targets)
 
 
 def test_configuration_is_read_once_for_all_adapters_that_share_it(folder, targets, monkeypatch):

@@ -5,14 +5,15 @@ a setting whose effect is not built, each refuses the adapter and says which.
 """
 
 import copy
+import hashlib
 import math
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-import safetensors.torch
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -25,9 +26,16 @@ from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_ALIGNMENT_BYTES = 16
-_REMEMBERED_CONFIGS = 64
+_REMEMBERED = 64
 """Thousands of adapters are commonly made with few configurations."""
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 16 << 20
+"""Some hundred thousand tensors."""
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_T = TypeVar("_T")
 
 
 class _Part(NamedTuple):
@@ -39,26 +47,50 @@ class _Part(NamedTuple):
     scaling: float
 
 
+class _Layout(NamedTuple):
+    """Where a file's tensors lie, one after the other from the end of its header, without a gap."""
+
+    names: tuple[str, ...]
+    """In the order of the file."""
+    dtypes: tuple[torch.dtype, ...]
+    sizes: list[int]
+    """Elements of each."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+
+
 class _Plan:
     """What all adapters with one configuration have in common."""
 
-    def __init__(self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]], step: int) -> None:
-        """Tensors lie in one piece of memory in the order of `shapes`, at multiples of `step` elements."""
+    def __init__(self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]]) -> None:
         self.parts = tuple(parts)
         self.shapes = dict(shapes)
-        self._sizes = [rows * columns for rows, columns in shapes.values()]
-        self._padded = [-(-size // step) * step for size in self._sizes]
+        self.scalings = [part.scaling for part in parts]
+        self.layouts = _Remembered[_Layout]()
+        """By the header of the file."""
 
-    def allocate(self, dtype: torch.dtype, *, pin: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Memory for all tensors, zeros between them, and the tensors by name."""
-        whole = torch.empty(sum(self._padded), dtype=dtype, pin_memory=pin)
-        tensors = {}
-        places = torch.split(whole, self._padded)
-        for (name, shape), size, place in zip(self.shapes.items(), self._sizes, places, strict=True):
-            if len(place) > size:
-                place[size:].zero_()
-            tensors[name] = place[:size].view(shape)
-        return whole, tensors
+
+class _Remembered(Generic[_T]):
+    """The last few things of a kind, by the bytes that they were worked out from. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, _T] = OrderedDict()
+
+    def get(self, content: bytes, make: Callable[[], _T]) -> _T:
+        """What is known of `content`, or what `make` returns; more than one thread may come to make it."""
+        digest = hashlib.sha256(content).digest()
+        with self._lock:
+            found = self._known.get(digest)
+        if found is None:
+            found = make()
+            with self._lock:
+                self._known[digest] = found
+                if len(self._known) > _REMEMBERED:
+                    self._known.popitem(last=False)
+        return found
 
 
 class AdapterLoader:
@@ -80,8 +112,7 @@ class AdapterLoader:
         self._max_rank = max_lora_rank
         self._dtype = dtype
         self._pin = pin
-        self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, _Plan] = OrderedDict()
+        self._plans = _Remembered[_Plan]()
         """By the content of the configuration file."""
 
     def __call__(self, key: AdapterKey, folder: Path) -> LoRAWeights:
@@ -95,8 +126,8 @@ class AdapterLoader:
         try:
             _refuse_links(folder)
             plan = self._plan(folder / CONFIG_FILE)
-            tensors = _read_tensors(folder / WEIGHTS_FILE, plan.shapes)
-            return LoRAWeights(key, _pairs(plan, tensors, self._dtype, pin=self._pin))
+            layout, data = _read(folder / WEIGHTS_FILE, plan)
+            return LoRAWeights(key, _pairs(plan, layout, data, self._dtype, pin=self._pin))
         except (OSError, MemoryError):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
@@ -107,16 +138,9 @@ class AdapterLoader:
     def _plan(self, path: Path) -> _Plan:
         """What a configuration asks for."""
         content = path.read_bytes() if path.is_file() else b""
-        with self._lock:
-            plan = self._known.get(content)
-        if plan is None:
-            config = read_config(path, self._targets)
-            plan = _make_plan(config, self._targets, self._max_rank, _ALIGNMENT_BYTES // self._dtype.itemsize)
-            with self._lock:
-                self._known[content] = plan
-                if len(self._known) > _REMEMBERED_CONFIGS:
-                    self._known.popitem(last=False)
-        return plan
+        return self._plans.get(
+            content, lambda: _make_plan(read_config(path, self._targets), self._targets, self._max_rank)
+        )
 
 
 def weights_bytes(folder: Path) -> int:
@@ -134,7 +158,7 @@ def _refuse_links(folder: Path) -> None:
             raise AdapterInvalid(f"{name} is a link, a file is needed", "file")
 
 
-def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int, step: int) -> _Plan:
+def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int) -> _Plan:
     names = [name for name in targets if _is_targeted(config, name, targets[name])]
     if not names:
         what = f"target_modules {config.target_modules!r}"
@@ -153,7 +177,7 @@ def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank:
         a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
         shapes[a], shapes[b] = (rank, targets[name].in_features), (targets[name].out_features, rank)
         parts.append(_Part(name, a, b, scaling))
-    return _Plan(parts, shapes, step)
+    return _Plan(parts, shapes)
 
 
 def _from_pattern(pattern: dict[str, float] | None, module: str, default: float) -> Any:
@@ -170,17 +194,48 @@ def _is_targeted(config: LoraConfig, name: str, target: Target) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """What the file holds: exactly the tensors that are wanted, in their shapes."""
+def _read(path: Path, plan: _Plan) -> tuple[_Layout, torch.Tensor]:
+    """What the file holds, as bytes [n] uint8: exactly the tensors that are wanted, in their shapes.
+
+    The safetensors library judges every header that is new. Its own ways to read copy each tensor by itself.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            # Before any of it is read: a file may be far larger than what it should hold.
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if found != shapes:
-            _refuse_shapes(found, shapes)
-        return safetensors.torch.load(path.read_bytes())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header = file.read(min(length, _MAX_HEADER_BYTES))
+            layout = plan.layouts.get(header, lambda: _lay_out(path, file, plan.shapes))
+            expected = _LENGTH_BYTES + len(header) + layout.num_bytes
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                raise AdapterInvalid(f"{path.name} has {size} bytes, its header asks for {expected}", "file")
+            data = torch.empty(layout.num_bytes, dtype=torch.uint8)
+            if file.readinto(data.numpy().data) != layout.num_bytes:
+                raise OSError(f"{path} became shorter while it was read")
+            return layout, data
     except (FileNotFoundError, SafetensorError) as exc:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}", "file") from exc
+
+
+def _lay_out(path: Path, opened: BinaryIO, shapes: Mapping[str, tuple[int, int]]) -> _Layout:
+    """The layout of the file at `path`, which is `opened`, after a look at all that its header says."""
+    with safe_open(path, framework="pt") as file:
+        names = tuple(file.offset_keys())
+        slices = [file.get_slice(name) for name in names]
+        found = {name: tuple(own.get_shape()) for name, own in zip(names, slices, strict=True)}
+        stored = [own.get_dtype() for own in slices]
+    if _identity(path.stat()) != _identity(os.fstat(opened.fileno())):
+        raise OSError(f"{path} was replaced while it was read")
+    if found != shapes:
+        _refuse_shapes(found, shapes)
+    for name, dtype in zip(names, stored, strict=True):
+        if dtype not in _DTYPES:
+            raise AdapterInvalid(f"tensor {name} is of {dtype}, not of a floating-point type", "tensors")
+    dtypes = tuple(_DTYPES[dtype] for dtype in stored)
+    return _Layout(names, dtypes, [math.prod(shapes[name]) for name in names])
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _refuse_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -198,19 +253,17 @@ def _refuse_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tu
 
 
 def _pairs(
-    plan: _Plan, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, pin: bool
+    plan: _Plan, layout: _Layout, data: torch.Tensor, dtype: torch.dtype, *, pin: bool
 ) -> dict[str, LoRAPair]:
-    """Scaled and cast, by module; all in one allocation, each matrix aligned in it."""
-    whole, places = plan.allocate(dtype, pin=pin)
-    pairs = {}
-    for module, a, b, scaling in plan.parts:
-        pair = pairs[module] = LoRAPair(places[a], places[b])
-        pair.a.copy_(_floating(a, tensors))
-        own = _floating(b, tensors)
-        if own.dtype == dtype == torch.float32:
-            torch.mul(own, scaling, out=pair.b)
-        else:
-            pair.b.copy_(own.float() * scaling)
+    """Scaled and cast, by module; all in one piece of memory, which is that of `data` where it can be."""
+    whole = _as_one(layout, data)
+    tensors = _views(plan, layout, whole)
+    torch._foreach_mul_([tensors[part.b] for part in plan.parts], plan.scalings)  # as optimizers do
+    if pin or dtype != whole.dtype:
+        whole = whole.to(dtype)
+        whole = whole.pin_memory() if pin else whole
+        tensors = _views(plan, layout, whole)
+    pairs = {part.module: LoRAPair(tensors[part.a], tensors[part.b]) for part in plan.parts}
     # A sum has no end if any of its terms has none: one pass where a look at each takes four.
     if not math.isfinite(whole.sum(dtype=torch.float32)):
         for module, pair in pairs.items():
@@ -219,8 +272,16 @@ def _pairs(
     return pairs
 
 
-def _floating(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    tensor = tensors[name]
-    if not tensor.is_floating_point():
-        raise AdapterInvalid(f"tensor {name} is of {tensor.dtype}, not of a floating-point type", "tensors")
-    return tensor
+def _as_one(layout: _Layout, data: torch.Tensor) -> torch.Tensor:
+    """All tensors one after the other, [elements] float32; a view of `data` if that is what it holds."""
+    if len(set(layout.dtypes)) == 1:
+        return data.view(layout.dtypes[0]).float()
+    sizes = [size * own.itemsize for size, own in zip(layout.sizes, layout.dtypes, strict=True)]
+    parts = zip(torch.split(data, sizes), layout.dtypes, strict=True)
+    # A view needs memory that begins at a multiple of its elements' size; a copy does.
+    return torch.cat([part.clone().view(own).float() for part, own in parts])
+
+
+def _views(plan: _Plan, layout: _Layout, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = torch.split(whole, layout.sizes)
+    return {name: part.view(plan.shapes[name]) for name, part in zip(layout.names, parts, strict=True)}
