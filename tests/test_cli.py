@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -283,3 +284,13 @@ def test_worker_does_not_let_threads_spin_for_long_unless_told_to(cli, monkeypat
     given = ["--model", "nobody/nothing", "--queue-url", QUEUE, "--output-prefixes", OUT]
     result = cli("worker", *given, **environ)
     assert result.exit_code == 0, result.output
+
+
+def test_worker_takes_the_open_files_that_it_is_granted():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+        cli._open_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import sys
 import uuid
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
             settings = read_settings(environ=environ, flags=flags, properties=properties)
         logs.configure(settings.log_format)
         _let_threads_sleep()
+        _open_many_files()
         from worker.app import run_worker  # noqa: PLC0415 (torch)
 
         asyncio.run(
@@ -162,6 +164,15 @@ def _let_threads_sleep() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def _open_many_files() -> None:
+    """Take what the system grants of open files: each adapter version in use is one, connections are others.
+
+    Systems begin with 1024, for the sake of `select`, which nothing here uses.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _rows(prompts: list[str] | None, file: str | None, *, chat: bool) -> list[Any]:
