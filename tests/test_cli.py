@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from worker import client
-from worker.cli import app
+from worker.cli import _open_many_files, app
 
 QUEUE = "http://127.0.0.1:1/queue"
 OUT = "s3://bucket/out/"
@@ -290,7 +290,7 @@ def test_worker_takes_the_open_files_that_it_is_granted():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
-        cli._open_many_files()
+        _open_many_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
