@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.sync import servers
 from worker.transport.clients import Clients
 from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
 from worker.transport.queue import Queue, SqsQueue
@@ -39,6 +40,28 @@ def aws(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     }.items():
         monkeypatch.setenv(name, value)
     return moto_endpoint
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_endpoint() -> Iterator[str]:
+    if servers.weed() is None:
+        pytest.skip(servers.WHY_NOT)
+    with servers.seaweedfs() as address:
+        yield address
+
+
+@pytest.fixture
+def real_s3(seaweedfs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a worker that talks to SeaweedFS."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": servers.KEY,
+        "AWS_SECRET_ACCESS_KEY": servers.SECRET,
+        "AWS_DEFAULT_REGION": servers.REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL_S3": seaweedfs_endpoint,
+    }.items():
+        monkeypatch.setenv(name, value)
+    return seaweedfs_endpoint
 
 
 @dataclass
@@ -135,8 +158,10 @@ class StoreRunner:
             await scenario(S3Store(clients), f"s3://{name}")
 
 
-@pytest.fixture(params=["memory", "moto"])
+@pytest.fixture(params=["memory", "moto", "seaweedfs"])
 def run_store(request: pytest.FixtureRequest) -> StoreRunner:
     if request.param == "moto":
         request.getfixturevalue("aws")
+    if request.param == "seaweedfs":
+        request.getfixturevalue("real_s3")
     return StoreRunner(request.param)

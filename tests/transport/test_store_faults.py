@@ -2,14 +2,19 @@
 
 import asyncio
 import base64
+import hashlib
+import re
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from botocore.exceptions import ClientError
 
 from worker.errors import ObjectExists, StoreRefused, StoreUnavailable
+from worker.transport import multipart
 from worker.transport.clients import Clients
-from worker.transport.store import S3Store, make_uri, parse_uri
+from worker.transport.store import S3Store, StoredObject, make_uri, parse_uri
 
 
 class Service:
@@ -153,6 +158,207 @@ def test_list_reads_every_page(aws):
             assert pages == 3
 
     asyncio.run(main())
+
+
+class Uploads:
+    """Takes uploads in parts, and fails as it is told: by operation, an error code for each call."""
+
+    def __init__(self, **codes: list[str]) -> None:
+        self.codes = codes
+        self.calls: Counter[str] = Counter()
+        self.stored: bytes | None = None
+        self.parts: dict[str, dict[int, bytes]] = {}
+
+    def __getattr__(self, operation):
+        async def call(**request):
+            self.calls[operation] += 1
+            codes = self.codes.get(operation)
+            code = codes.pop(0) if codes else ""
+            if code == "NoSuchUpload":
+                self.stored = b"by a call whose answer was lost"
+            if code:
+                raise ClientError({"Error": {"Code": code}}, operation)
+            return getattr(self, f"_{operation}")(**request)
+
+        return call
+
+    def _head_object(self, **request):
+        if self.stored is None:
+            raise ClientError({"Error": {"Code": "404"}}, "HeadObject")
+        return {"ETag": '"etag"', "ContentLength": len(self.stored), "Metadata": {}}
+
+    def _create_multipart_upload(self, **request):
+        assert request["ChecksumAlgorithm"] == "SHA256"
+        upload = f"upload-{len(self.parts)}"
+        self.parts[upload] = {}
+        return {"UploadId": upload}
+
+    def _upload_part(self, **request):
+        assert base64.b64decode(request["ChecksumSHA256"]) == hashlib.sha256(request["Body"]).digest()
+        self.parts[request["UploadId"]][request["PartNumber"]] = request["Body"]
+        return {"ETag": f'"{request["PartNumber"]}"'}
+
+    def _complete_multipart_upload(self, **request):
+        assert request["IfNoneMatch"] == "*"
+        parts = self.parts.pop(request["UploadId"])
+        assert [part["PartNumber"] for part in request["MultipartUpload"]["Parts"]] == sorted(parts)
+        self.stored = b"".join(parts[number] for number in sorted(parts))
+        return {"ETag": '"etag-3"'}
+
+    def _abort_multipart_upload(self, **request):
+        self.parts.pop(request["UploadId"], None)
+        return {}
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    monkeypatch.setattr(multipart, "LEAST_BYTES", 1000)
+    monkeypatch.setattr(multipart, "PART_BYTES", 400)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(250)) * 4)
+    return path
+
+
+def upload(service, path, error=None):
+    async def scenario(store):
+        with nullcontext() if error is None else pytest.raises(error):
+            await store.put_file_if_absent("s3://b/k", path)
+
+    return play(service, scenario)
+
+
+def test_large_file_goes_in_parts(large):
+    service = Uploads()
+    upload(service, large)
+    assert service.stored == large.read_bytes()
+    assert service.calls["upload_part"] == 3
+
+
+def test_many_parts_are_made_fewer(large, monkeypatch):
+    monkeypatch.setattr(multipart, "MAX_PARTS", 2)
+    service = Uploads()
+    upload(service, large)
+    assert service.stored == large.read_bytes()
+    assert service.calls["upload_part"] == 2
+
+
+@pytest.mark.parametrize("operation", ["create_multipart_upload", "upload_part", "complete_multipart_upload"])
+@pytest.mark.parametrize(("code", "error"), [("SlowDown", StoreUnavailable), ("AccessDenied", StoreRefused)])
+def test_upload_that_fails_leaves_no_parts_behind(operation, code, error, large):
+    service = Uploads(**{operation: [code]})
+    upload(service, large, error)
+    assert not service.parts
+    assert service.stored is None
+
+
+def test_parts_that_cannot_be_removed_do_not_hide_what_went_wrong(large):
+    service = Uploads(upload_part=["AccessDenied"], abort_multipart_upload=["AccessDenied"])
+    upload(service, large, StoreRefused)
+    assert service.calls["abort_multipart_upload"] == 1
+
+
+def test_upload_that_is_cancelled_leaves_no_parts_behind(large):
+    service, waiting = Uploads(), asyncio.Event()
+
+    async def never_ending(**request):
+        waiting.set()
+        await asyncio.Event().wait()
+
+    service.complete_multipart_upload = never_ending
+
+    async def scenario(store):
+        task = asyncio.create_task(store.put_file_if_absent("s3://b/k", large))
+        await waiting.wait()
+        assert service.parts
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    play(service, scenario)
+    assert not service.parts
+
+
+def test_conflict_at_the_end_of_an_upload_sends_all_parts_again(large):
+    service = Uploads(complete_multipart_upload=["ConditionalRequestConflict"])
+    naps = upload(service, large)
+    assert service.stored == large.read_bytes()
+    assert (service.calls["upload_part"], len(naps), service.parts) == (6, 1, {})
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", "NoSuchUpload"])
+def test_upload_that_somebody_ended_first_is_object_exists(code, large):
+    """NoSuchUpload: it was ended by the very call whose answer did not come."""
+    service = Uploads(complete_multipart_upload=[code])
+    upload(service, large, ObjectExists)
+    assert service.calls["create_multipart_upload"] == 1
+
+
+def test_nothing_is_sent_where_an_object_is(large):
+    service = Uploads()
+    service.stored = b"there"
+    upload(service, large, ObjectExists)
+    assert service.calls == {"head_object": 1}
+
+
+class Flaky:
+    """Serves an object whose connections break after so many bytes each; 0 is before the headers."""
+
+    def __init__(self, body: bytes, breaks: list[int]) -> None:
+        self.body, self.breaks = body, breaks
+        self.ranges: list[str | None] = []
+
+    async def __call__(self, reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        assert 'if-match: "etag"' in head
+        asked = re.search(r"range: bytes=(\d+)-(\d+)", head)
+        self.ranges.append(asked and asked[0])
+        start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.body))
+        body = self.body[start:stop]
+        status = "206 Partial Content" if asked else "200 OK"
+        cut = self.breaks.pop(0) if self.breaks else len(body)
+        if cut:
+            writer.write(f'HTTP/1.1 {status}\r\nETag: "etag"\r\nContent-Length: {len(body)}\r\n\r\n'.encode())
+            writer.write(body[:cut])
+            await writer.drain()
+        writer.close()
+
+
+def stream_from(flaky, monkeypatch, start=0, stop=None):
+    """What comes, and how often the store waited before it went on."""
+    naps = []
+
+    async def nap(seconds):
+        naps.append(seconds)
+
+    async def main():
+        server = await asyncio.start_server(flaky, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        async with server, Clients(max_attempts=1) as clients:
+            stored = StoredObject("s3://b/k", "etag", len(flaky.body))
+            chunks = S3Store(clients, sleep=nap).stream(stored, start, stop)
+            return b"".join([chunk async for chunk in chunks])
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return asyncio.run(main()), naps
+
+
+def test_stream_goes_on_where_it_broke(monkeypatch):
+    body = bytes(range(250)) * 40_000
+    flaky = Flaky(body, [3_000_000, 0, 0, 4_000_000])
+    got, naps = stream_from(flaky, monkeypatch, 17)
+    assert got == body[17:]
+    assert not flaky.breaks
+    assert len(naps) >= 3  # a connection that is closed unused is replaced without a word
+    assert flaky.ranges[0] == f"range: bytes=17-{len(body) - 1}"
+    assert flaky.ranges[1] == flaky.ranges[2] != flaky.ranges[0]
+
+
+def test_stream_that_brings_nothing_any_more_is_unavailable(monkeypatch):
+    with pytest.raises(StoreUnavailable):
+        stream_from(Flaky(bytes(3_000_000), [2_000_000, *[0] * 10]), monkeypatch)
 
 
 def test_uri_and_parts_are_the_same_thing():

@@ -7,6 +7,7 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
 from worker.jobs import Delivery
@@ -210,6 +211,16 @@ class MemoryStore(Store):
             raise ObjectExists(uri)
         return self._store(uri, body, metadata)
 
+    async def put_file_if_absent(
+        self,
+        uri: str,
+        path: Path,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
+    ) -> StoredObject:
+        body = await asyncio.to_thread(path.read_bytes)
+        return await self.put_if_absent(uri, body, content_type, metadata)
+
     async def put(
         self, uri: str, body: bytes, content_type: str = "application/octet-stream"
     ) -> StoredObject:
@@ -232,12 +243,15 @@ class MemoryStore(Store):
             if name.startswith(uri):
                 yield self._objects[name][1]
 
-    async def stream(self, stored: StoredObject) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, stored: StoredObject, start: int = 0, stop: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         body, current = self._find(stored.uri)
         if current.etag != stored.etag:
             raise StoreUnavailable(f"{stored.uri} was overwritten while it was read")
-        for at in range(0, len(body), 65_536):
-            yield body[at : at + 65_536]
+        end = len(body) if stop is None else min(stop, len(body))
+        for at in range(start, end, 65_536):
+            yield body[at : min(at + 65_536, end)]
 
     def _store(self, uri: str, body: bytes, metadata: Mapping[str, str] | None = None) -> StoredObject:
         self._check_bucket(uri)

@@ -4,11 +4,12 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
 from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
+from worker.transport import multipart
 from worker.transport.clients import Clients, jittered, translated
 from worker.transport.objects import StoredObject, make_uri, parse_uri
 from worker.transport.tree import download_tree
@@ -17,6 +18,8 @@ __all__ = ["S3Store", "Store", "StoredObject", "make_uri", "parse_uri"]
 
 _CHUNK_BYTES = 1 << 20
 _CONFLICT_ATTEMPTS = 6
+_STREAM_ATTEMPTS = 5
+"""Tries in a row that bring nothing, after which a stream is given up."""
 
 
 class Store(Protocol):
@@ -40,6 +43,15 @@ class Store(Protocol):
         case) is kept with the object.
         """
 
+    async def put_file_if_absent(
+        self,
+        uri: str,
+        path: Path,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
+    ) -> StoredObject:
+        """As `put_if_absent`, for a file of any size, which must not change meanwhile. Raises OSError too."""
+
     async def put(
         self, uri: str, body: bytes, content_type: str = "application/octet-stream"
     ) -> StoredObject:
@@ -54,11 +66,14 @@ class Store(Protocol):
     def list(self, uri: str) -> AsyncGenerator[StoredObject, None]:
         """Every object whose URI begins with `uri`, in the order of the keys."""
 
-    def stream(self, stored: StoredObject) -> AsyncGenerator[bytes, None]:
-        """The bytes of exactly that version of the object, in chunks; close the generator if you leave early.
+    def stream(
+        self, stored: StoredObject, start: int = 0, stop: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes `start` to `stop` of exactly that version, in chunks; close the generator if you leave early.
 
-        Raises ObjectNotFound, and StoreUnavailable when the object was overwritten or the bytes arrived
-        damaged. Only the end of the stream proves the checksum.
+        A connection that breaks is followed by another, which goes on where it broke. Raises
+        ObjectNotFound, and StoreUnavailable when the object was overwritten, when the bytes arrived
+        damaged, or when nothing more arrives. A checksum is proved by the end of a whole, unbroken stream.
         """
 
     async def download_tree(
@@ -90,11 +105,47 @@ class S3Store(Store):
         metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
         options = {"IfNoneMatch": "*", "Metadata": dict(metadata or {})}
+        return await self._until_settled(uri, lambda: self._put(uri, body, content_type, options))
+
+    async def put_file_if_absent(
+        self,
+        uri: str,
+        path: Path,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
+    ) -> StoredObject:
+        size = (await asyncio.to_thread(path.stat)).st_size
+        if size < multipart.LEAST_BYTES:
+            body = await asyncio.to_thread(path.read_bytes)
+            return await self.put_if_absent(uri, body, content_type, metadata)
+
+        async def upload() -> StoredObject:
+            if await self.head(uri) is not None:  # else only the end of the upload would tell
+                raise ObjectExists(uri)
+            bucket, key = parse_uri(uri)
+            # NoSuchUpload: it has ended already, an answer was lost, and the SDK asked again.
+            ended = dict.fromkeys(("ConditionalRequestConflict", "NoSuchUpload"), _Conflict(uri))
+            with _errors(uri, ended):
+                etag = await multipart.upload_if_absent(
+                    self._clients.objects,
+                    bucket,
+                    key,
+                    path,
+                    size=size,
+                    content_type=content_type,
+                    metadata=metadata or {},
+                )
+            return _stored(uri, etag, size, metadata)
+
+        return await self._until_settled(uri, upload)
+
+    async def _until_settled(self, uri: str, put: Callable[[], Awaitable[StoredObject]]) -> StoredObject:
+        """Try again while another conditional PUT of the same object is about to win or to fail."""
         for attempt in range(_CONFLICT_ATTEMPTS):
             if attempt:
                 await self._sleep(jittered(0.1 * 2**attempt))
             try:
-                return await self._put(uri, body, content_type, options)
+                return await put()
             except _Conflict:
                 continue
         raise StoreUnavailable(f"{uri}: another conditional PUT was under way {_CONFLICT_ATTEMPTS} times")
@@ -135,10 +186,33 @@ class S3Store(Store):
                 return
             page = {"ContinuationToken": answer["NextContinuationToken"]}
 
-    async def stream(self, stored: StoredObject) -> AsyncGenerator[bytes, None]:
-        changed = {"PreconditionFailed": StoreUnavailable(f"{stored.uri} was overwritten while it was read")}
-        with _errors(stored.uri, changed):
-            answer = await self._get(stored.uri, {"IfMatch": f'"{stored.etag}"'})
+    async def stream(
+        self, stored: StoredObject, start: int = 0, stop: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        end = stored.size if stop is None else min(stop, stored.size)
+        at, failures = start, 0
+        while at < end or stored.size == 0:
+            chunks = self._stream_once(stored, at, end)
+            try:
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        at, failures = at + len(chunk), 0
+                        yield chunk
+                    return
+            except _Overwritten:
+                raise
+            except StoreUnavailable:
+                failures += 1
+                if at >= end or failures == _STREAM_ATTEMPTS:
+                    raise  # all of it came, and was damaged; or nothing comes any more
+                await self._sleep(jittered(0.5 * 2**failures))
+
+    async def _stream_once(self, stored: StoredObject, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        options = {"IfMatch": f'"{stored.etag}"'}
+        if (start, stop) != (0, stored.size):
+            options["Range"] = f"bytes={start}-{stop - 1}"
+        with _errors(stored.uri, {"PreconditionFailed": _Overwritten(stored.uri)}):
+            answer = await self._get(stored.uri, options)
             body = answer["Body"]
             async with body:
                 while chunk := await body.read(_CHUNK_BYTES):
@@ -165,7 +239,12 @@ class S3Store(Store):
                 ChecksumSHA256=checksum,
                 **options,
             )
-        return _stored(uri, answer["ETag"], len(body))
+        return _stored(uri, answer["ETag"], len(body), options.get("Metadata"))
+
+
+class _Overwritten(StoreUnavailable):
+    def __init__(self, uri: str) -> None:
+        super().__init__(f"{uri} was overwritten while it was read")
 
 
 class _Conflict(Exception):
