@@ -5,6 +5,7 @@ LoramillError
 ├── ModelError           the base model cannot be served; the process ends with exit code 1
 ├── JobError             the job can never succeed: a `failed` manifest (or a dead letter), then ack
 │   ├── InvalidMessage       not JSON, wrong schema, a limit exceeded
+│   ├── InvalidInput         the file it refers to is gone, another one, or damaged
 │   ├── ForbiddenOutput      `output.uri` lies outside the worker's OUTPUT_PREFIXES
 │   └── JobIdReused          another job was committed under the same id
 ├── RowError             one row fails: an error line in the results; its neighbours go on
@@ -61,6 +62,12 @@ class InvalidMessage(JobError):
     """The message body does not describe a job."""
 
     code = "invalid_message"
+
+
+class InvalidInput(JobError):
+    """The file that the job refers to cannot be read as what it is said to be."""
+
+    code = "invalid_input"
 
 
 class ForbiddenOutput(JobError):
