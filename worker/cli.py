@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 _Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 _INFOS = describe(Settings)
+_QUEUE = [info for info in _INFOS if info.name == "queue_url"]
 _ENQUEUE = [info for info in _INFOS if info.name in {"queue_url", "output_prefixes"}]
 
 
@@ -131,6 +132,64 @@ def enqueue(
             if manifest.request_counts.failed:
                 counts = manifest.request_counts
                 raise LoramillError(f"{counts.failed} of {counts.total} rows failed: see their error")
+
+
+@app.command()
+@with_settings(_QUEUE)
+def redrive(
+    *,
+    flags: dict[str, Any],
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Move so many. Default: all.")
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Send what is in the queue's dead-letter queue back to the queue, to be tried again."""
+    with _readable_errors(debug):
+        settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
+        from worker.client import redrive_all  # noqa: PLC0415 (the AWS SDK)
+
+        with Console(stderr=True).status("moving messages") as status:
+            moved, source = asyncio.run(
+                redrive_all(
+                    str(settings.queue_url), limit, lambda moved: status.update(f"{moved} messages moved")
+                )
+            )
+        typer.echo(f"{moved} messages moved from {source}")
+
+
+@app.command()
+@with_settings(_INFOS)
+def doctor(
+    *,
+    flags: dict[str, Any],
+    policy: Annotated[
+        bool,
+        typer.Option("--policy", help="Print the least IAM policy that a worker needs, and look at nothing."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Look at queue, store and folders as a worker with these settings would use them.
+
+    The exit code is 1 when anything is found that a worker cannot do without.
+    """
+    with _readable_errors(debug):
+        settings = read_settings(environ=dict(os.environ), flags=flags)
+        from worker.doctor import Verdict, examine, least_policy  # noqa: PLC0415 (the AWS SDK)
+
+        if policy:
+            typer.echo(msgspec.json.format(msgspec.json.encode(least_policy(settings)), indent=2).decode())
+            return
+        with Console(stderr=True).status("looking"):
+            found = asyncio.run(examine(settings))
+        if as_json:
+            typer.echo(msgspec.json.encode(found).decode())
+        else:
+            for finding in found:
+                typer.echo(f"{finding.verdict:<8} {finding.what}: {' '.join(finding.message.split())}")
+        if any(finding.verdict is Verdict.FAILED for finding in found):
+            raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from worker import wire
 from worker.errors import InvalidMessage, LoramillError, ObjectNotFound
 from worker.jobs import Delivery, Output
+from worker.redrive import redrive
 from worker.transport.clients import Clients
 from worker.transport.queue import SqsQueue
 from worker.transport.store import S3Store, Store
@@ -51,6 +52,16 @@ async def send_job(queue_url: str, body: str) -> None:
     """Put the message on the queue."""
     async with Clients() as clients:
         await SqsQueue(clients, queue_url).send(body)
+
+
+async def redrive_all(queue_url: str, limit: int | None, on_moved: Callable[[int], None]) -> tuple[int, str]:
+    """Move up to `limit` dead letters back to their queue: how many were moved, and from where."""
+    async with Clients() as clients:
+        queue = SqsQueue(clients, queue_url)
+        arn = (await queue.describe()).dead_letter_arn
+        if arn is None:
+            raise InvalidMessage(f"queue_url: {queue_url} has no redrive policy, and so no dead letters")
+        return await redrive(await SqsQueue.of_arn(clients, arn), queue, limit=limit, on_moved=on_moved), arn
 
 
 async def wait_for_results(output: str, job_id: str, wait_seconds: float) -> tuple[wire.Manifest, list[str]]:

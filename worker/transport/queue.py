@@ -26,6 +26,14 @@ MAX_VISIBILITY_SECONDS = 43_200
 
 _DELETE_ATTEMPTS = 3
 
+_NAMES = [
+    "VisibilityTimeout",
+    "RedrivePolicy",
+    "MessageRetentionPeriod",
+    "ApproximateNumberOfMessages",
+    "ApproximateNumberOfMessagesNotVisible",
+]
+
 _LOST_CODES = frozenset(
     {
         "ReceiptHandleIsInvalid",
@@ -44,6 +52,8 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_receive_count: int | None = None
     """Receives before redrive; None without a redrive policy."""
     dead_letter_arn: str | None = None
+    retention_seconds: int | None = None
+    """How long a message is kept that nobody deletes; None where the service does not say."""
     messages: int = 0
     """Messages that could be received now."""
     in_flight: int = 0
@@ -124,6 +134,14 @@ class SqsQueue(Queue):
         )
         self._sleep = sleep
 
+    @classmethod
+    async def of_arn(cls, clients: Clients, arn: str) -> "SqsQueue":
+        """The queue that `arn` names. Raises as `describe` does."""
+        *_, account, name = arn.split(":")
+        with _errors():
+            answer = await clients.acks.get_queue_url(QueueName=name, QueueOwnerAWSAccountId=account)
+        return cls(clients, answer["QueueUrl"])
+
     async def receive(self, limit: int, wait_seconds: float) -> list[Delivery]:
         assert 1 <= limit <= MAX_BATCH, limit
         with _errors():
@@ -177,16 +195,16 @@ class SqsQueue(Queue):
         return str(answer["MessageId"])
 
     async def describe(self) -> QueueInfo:
-        names = ["VisibilityTimeout", "RedrivePolicy", "ApproximateNumberOfMessages"]
-        names.append("ApproximateNumberOfMessagesNotVisible")
         with _errors():
-            answer = await self._clients.acks.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
+            answer = await self._clients.acks.get_queue_attributes(QueueUrl=self._url, AttributeNames=_NAMES)
         values = answer["Attributes"]
+        retention = values.get("MessageRetentionPeriod")
         redrive = json.loads(values.get("RedrivePolicy") or "{}")
         return QueueInfo(
             visibility_timeout_seconds=int(values["VisibilityTimeout"]),
             max_receive_count=int(redrive["maxReceiveCount"]) if "maxReceiveCount" in redrive else None,
             dead_letter_arn=redrive.get("deadLetterTargetArn"),
+            retention_seconds=None if retention is None else int(retention),
             messages=int(values["ApproximateNumberOfMessages"]),
             in_flight=int(values["ApproximateNumberOfMessagesNotVisible"]),
         )
