@@ -36,6 +36,7 @@ app = typer.Typer(
 _Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 _INFOS = describe(Settings)
 _QUEUE = [info for info in _INFOS if info.name == "queue_url"]
+_OUTPUT = [info for info in _INFOS if info.name == "output_prefixes"]
 _ENQUEUE = [info for info in _INFOS if info.name in {"queue_url", "output_prefixes"}]
 
 
@@ -118,20 +119,47 @@ def enqueue(
             raise SettingsError(
                 ["--wait: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
             )
-        from worker.client import build_job, send_job, wait_for_results  # noqa: PLC0415 (the AWS SDK)
+        from worker.client import build_job, send_job  # noqa: PLC0415 (the AWS SDK)
 
         job_id = job_id or uuid.uuid4().hex
         body = build_job(_rows(prompts, file, chat=chat), adapter, _parameters(parameter), job_id, output)
         asyncio.run(send_job(str(settings.queue_url), body))
         typer.echo(job_id)
         if wait is not None and output is not None:
-            with Console(stderr=True).status("waiting for the results"):
-                manifest, lines = asyncio.run(wait_for_results(output, job_id, wait))
-            for line in lines:
-                typer.echo(line)
-            if manifest.request_counts.failed:
-                counts = manifest.request_counts
-                raise LoramillError(f"{counts.failed} of {counts.total} rows failed: see their error")
+            _results(output, job_id, wait, None)
+
+
+@app.command()
+@with_settings(_OUTPUT)
+def results(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
+    *,
+    flags: dict[str, Any],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", metavar="URI", help="The job's output. Default: the first of OUTPUT_PREFIXES."
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", "-o", metavar="FILE", help="Packed if its name ends in .gz. Default: stdout."),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait so long for the job to end.")
+    ] = 0.0,
+    debug: _Debug = False,
+) -> None:
+    """Fetch the result lines of a job, all parts in the order of its rows.
+
+    The exit code is 1 when the job, or any of its rows, failed; lines of rows that did not are there still.
+    """
+    with _readable_errors(debug):
+        settings = read_settings(environ=dict(os.environ), flags=flags)
+        place = output or next(iter(settings.output_prefixes), None)
+        if place is None:
+            raise SettingsError(["--output: say where the results are; or set LORAMILL_OUTPUT_PREFIXES"])
+        _results(place, job_id, wait, to)
 
 
 @app.command()
@@ -223,6 +251,22 @@ def _let_threads_sleep() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def _results(output: str, job_id: str, wait: float, to: Path | None) -> None:
+    """Print or save the results of a job. Raises LoramillError when a row failed, too."""
+    from worker.follow import print_results  # noqa: PLC0415 (the AWS SDK)
+
+    with Console(stderr=True).status("waiting for the results"):
+        try:
+            sys.stdout.flush()  # what was printed before goes before
+            manifest = asyncio.run(print_results(output, job_id, wait, to or sys.stdout.buffer))
+            sys.stdout.flush()
+        except OSError as exc:
+            raise LoramillError(f"{to or 'stdout'}: {exc.strerror}") from exc
+    counts = manifest.request_counts
+    if counts.failed:
+        raise LoramillError(f"{counts.failed} of {counts.total} rows failed: see their error")
 
 
 def _open_many_files() -> None:

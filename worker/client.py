@@ -1,17 +1,15 @@
 """The sender's side of the queue: put a job there, wait for its results."""
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from worker import wire
-from worker.errors import InvalidMessage, LoramillError, ObjectNotFound
+from worker.errors import InvalidMessage
 from worker.jobs import Delivery, Output
 from worker.redrive import redrive
 from worker.transport.clients import Clients
 from worker.transport.queue import SqsQueue
-from worker.transport.store import S3Store, Store
 
 _LOOK_EVERY_SECONDS = 0.5
 _ANYWHERE = "s3://any/"
@@ -62,34 +60,6 @@ async def redrive_all(queue_url: str, limit: int | None, on_moved: Callable[[int
         if arn is None:
             raise InvalidMessage(f"queue_url: {queue_url} has no redrive policy, and so no dead letters")
         return await redrive(await SqsQueue.of_arn(clients, arn), queue, limit=limit, on_moved=on_moved), arn
-
-
-async def wait_for_results(output: str, job_id: str, wait_seconds: float) -> tuple[wire.Manifest, list[str]]:
-    """A job's manifest, once it is there, and its result lines.
-
-    Raises LoramillError if the job as a whole failed, or is late.
-    """
-    async with Clients() as clients:
-        store = S3Store(clients)
-        manifest = await wait_for_manifest(store, output, job_id, wait_seconds)
-        if manifest.error is not None:
-            raise LoramillError(f"job {job_id} failed: {manifest.error.message}")
-        parts = [(await store.get(part.uri))[0] for part in manifest.outputs]
-    return manifest, [line for part in parts for line in part.decode().split("\n") if line]
-
-
-async def wait_for_manifest(store: Store, output: str, job_id: str, wait_seconds: float) -> wire.Manifest:
-    """The manifest of a job, as soon as it is there. Raises LoramillError when it is late."""
-    uri = wire.manifest_uri(Output(_folder(output)), job_id)
-    deadline = time.monotonic() + wait_seconds
-    while time.monotonic() < deadline:
-        try:
-            body, _ = await store.get(uri)
-        except ObjectNotFound:
-            await asyncio.sleep(_LOOK_EVERY_SECONDS)
-        else:
-            return wire.decode_manifest(body)
-    raise LoramillError(f"{uri} did not appear within {wait_seconds:g} seconds")
 
 
 def _folder(uri: str) -> str:

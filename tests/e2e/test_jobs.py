@@ -1,5 +1,6 @@
 """Jobs through one running worker, with the mirror inside it."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,12 @@ def test_mixed_job_says_what_peft_says(mill, queue, worker, base, adapter_paths,
         assert_says(line, *wanted[name, text])
     assert nobody["error"]["code"] == "adapter_not_found"
     assert nobody["generated_text"] is None
+
+    saved = tmp_path / "saved.jsonl.gz"
+    done = mill.run("results", "mixed", "--to", str(saved))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "1 of 13 rows failed" in done.stderr
+    assert [json.loads(line) for line in gzip.open(saved)] == [*results, nobody]
 
     manifest = mill.manifest("mixed")
     assert manifest["status"] == "completed_with_errors"

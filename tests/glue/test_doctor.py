@@ -166,6 +166,14 @@ def test_real_store_is_well(account, monkeypatch):
         assert "conditional writes and reads work" in result.stdout
 
 
+def test_queue_of_events_is_looked_at_too(account):
+    result = doctor(account, "--adapters-events-queue-url", account.make_queue("events"))
+    assert result.exit_code == 0
+    assert ": messages may be deleted" in result.stdout
+    result = doctor(account, "--adapters-events-queue-url", account.queue + "-none")
+    assert result.exit_code == 1
+
+
 def test_policy_names_what_is_used_and_nothing_else():
     given = {"LORAMILL_QUEUE_URL": URL, "LORAMILL_OUTPUT_PREFIXES": "s3://out/a/,s3://other/b/"}
     given |= {"LORAMILL_MODEL": "s3://models/llama", "LORAMILL_ADAPTERS_EVENTS_QUEUE_URL": f"{URL}-events"}
@@ -179,7 +187,7 @@ def test_policy_names_what_is_used_and_nothing_else():
     assert by_action == {
         "sqs:ReceiveMessage": {jobs, f"{jobs}-events"},
         "sqs:DeleteMessage": {jobs, f"{jobs}-events"},
-        "sqs:GetQueueAttributes": {jobs, f"{jobs}-events"},
+        "sqs:GetQueueAttributes": {jobs},
         "sqs:ChangeMessageVisibility": {jobs},
         "s3:GetObject": {f"arn:aws:s3:::{name}/*" for name in ("out/a", "other/b", "models/llama/adapters")}
         | {"arn:aws:s3:::models/llama/*"},
