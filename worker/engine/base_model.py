@@ -1,6 +1,8 @@
 """Loads a base model and checks that it is one this engine serves right."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,17 +77,14 @@ def load_base_model(
     Raises ModelError if it cannot be read, is no decoder-only language model, or attends in a way that
     transformers' attention interface does not reach.
     """
-    try:
+    with _readable_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
-        _check_memory(config, chosen, device, trust_remote_code=trust_remote_code)
+        _check_memory(_outline(config, trust_remote_code), chosen, device)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
-        reason = str(exc).partition("\n")[0][:500]  # transformers may list all that it knows
-        raise ModelError(f"the base model at {path} cannot be loaded: {reason}") from exc
     model, found = loaded
     if found["missing_keys"]:  # they would be random
         missing = ", ".join(sorted(found["missing_keys"]))
@@ -102,13 +101,36 @@ def load_base_model(
     )
 
 
-def _check_memory(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
-) -> None:
-    """Raise ModelError if the weights alone are more than what is free."""
+def load_outline(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in folder `path` (or of that hub id) without its weights: modules and sizes, on `meta`.
+
+    It takes a part of a second, whatever the model's size. Raises ModelError if it cannot be read.
+    """
+    with _readable_errors(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _outline(config, trust_remote_code)
+
+
+@contextmanager
+def _readable_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
+        reason = str(exc).partition("\n")[0][:500]  # transformers may list all that it knows
+        raise ModelError(f"the base model at {path} cannot be loaded: {reason}") from exc
+
+
+def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
-    needed = sum(parameter.numel() for parameter in shape.parameters()) * dtype.itemsize
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+def _check_memory(outline: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ModelError if the weights alone are more than what is free."""
+    needed = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
     free = free_memory(device)
     if needed > free:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a base model is made of, seen in one pass of a short example through it."""
+"""What a base model is made of: as far as its modules show, and as one pass of a short example shows."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -48,6 +48,15 @@ def discover(model: PreTrainedModel, forward: Callable[[], object], num_tokens: 
     usable = [(name, x) for name, _, x in calls if not targets[name].refused]
     names = [name for name, module in leaves if module is head and is_linear(module)]
     return Discovery(targets, _group_by_input(usable), names[0] if names else None)
+
+
+def foresee(outline: PreTrainedModel) -> dict[str, Target]:
+    """The targets that `discover` will find, told from modules without weights.
+
+    Only a pass shows that a module does not see the batch's tokens, so it may have to be refused yet.
+    """
+    head = outline.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return {name: _target(module, module is head, sees_the_batch=True) for name, module in _leaves(outline)}
 
 
 def _group_by_input(calls: list[tuple[str, torch.Tensor]]) -> list[tuple[str, ...]]:
