@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +99,7 @@ def build_app(known: Collection[str] = ()) -> typer.Typer:
         cache_dir: Annotated[_Text, _setting("cache_dir")] = None,
         sync_interval_seconds: Annotated[_Text, _setting("sync_interval_seconds")] = None,
         settle_seconds: Annotated[_Text, _setting("settle_seconds")] = None,
+        adapters_events_queue_url: Annotated[_Text, _setting("adapters_events_queue_url")] = None,
         version_grace_seconds: Annotated[_Text, _setting("version_grace_seconds")] = None,
         max_adapter_bytes: Annotated[_Text, _setting("max_adapter_bytes")] = None,
         max_adapters_disk_bytes: Annotated[_Text, _setting("max_adapters_disk_bytes")] = None,
@@ -114,6 +115,7 @@ def build_app(known: Collection[str] = ()) -> typer.Typer:
         flags = {name: context.params[name] for name in _SYNC_FLAGS}
         with _readable_errors(debug):
             settings = read(SyncCommandSettings, flags=flags, environ=os.environ, known=known)
+            _spare_the_jobs(settings, os.environ)
             logs.configure(settings.log_format)
             failed = asyncio.run(_sync(settings, once=once, allow_empty=allow_empty, as_json=as_json))
         if failed:
@@ -188,15 +190,23 @@ async def _sync(settings: SyncCommandSettings, *, once: bool, allow_empty: bool,
         if as_json and not once:
             typer.echo(msgspec.json.encode(report).decode())
 
-    async with open_mirror(uri, adapters_dir, _options(settings, allow_empty)) as mirror:
+    queue_url = None if once else settings.adapters_events_queue_url
+    async with open_mirror(uri, adapters_dir, _options(settings, allow_empty), queue_url) as mirror:
         if once:
             report = await mirror.settle(stop, on_pass)
             return _conclude(report, as_json)
         async with serving(settings.http_host, settings.http_port, registry, lambda: mirror.ready) as port:
             _logger.info("mirroring", extra={"source": uri, "to": str(adapters_dir), "port": port})
-            await mirror.run(stop, on_pass)
+            await mirror.run(stop, on_pass, metrics.count_event)
             _logger.info("stopped")
     return False
+
+
+def _spare_the_jobs(settings: SyncCommandSettings, environ: Mapping[str, str]) -> None:
+    """A worker's settings may be in the same environment; what the mirror reads from a queue is deleted."""
+    url = settings.adapters_events_queue_url
+    if url is not None and url == environ.get("LORAMILL_QUEUE_URL"):
+        raise SettingsError([f"adapters_events_queue_url: {url!r} must not be LORAMILL_QUEUE_URL"])
 
 
 def _where(settings: SyncCommandSettings) -> tuple[str, Path]:

@@ -44,10 +44,11 @@ class Complete(msgspec.Struct, frozen=True):
 
 
 class Incomplete(msgspec.Struct, frozen=True):
-    """Look again later. `settling` is True when time alone completes it."""
+    """Look again later."""
 
     reason: str
-    settling: bool = False
+    seconds_left: float | None = None
+    """When time alone completes it: for how long it has to stay as it is, at least; else None."""
 
 
 class Hopeless(msgspec.Struct, frozen=True):
@@ -79,7 +80,8 @@ def judge(
     if quiet.polls >= 2 and quiet.seconds >= settle_seconds:
         return Complete()
     reason = f"waiting for the listing to stay unchanged for {settle_seconds:g} s"
-    return Incomplete(reason if difference is None else f"{difference}; {reason}", settling=True)
+    left = max(0.0, settle_seconds - quiet.seconds)
+    return Incomplete(reason if difference is None else f"{difference}; {reason}", seconds_left=left)
 
 
 def _missing(adapter: RemoteAdapter) -> str | None:

@@ -12,9 +12,11 @@ import msgspec
 from adapters_sync.errors import MirrorLocked
 from adapters_sync.layout import MirrorPaths
 from adapters_sync.manifests import PublishedManifest
-from adapters_sync.names import is_adapter_name
+from adapters_sync.names import PUBLISHED_MANIFEST, is_adapter_name
 from adapters_sync.publish import FLIP_SUFFIX, sync_folder
 from adapters_sync.state import MirrorState
+
+_MANIFESTS = msgspec.json.Decoder(PublishedManifest)
 
 
 class OnDisk(msgspec.Struct, frozen=True):
@@ -51,9 +53,9 @@ def tidy(paths: MirrorPaths) -> None:
     if paths.staging.exists():
         for entry in list(paths.staging.iterdir()):
             _remove(entry)
-    for entry in list(paths.adapters_dir.iterdir()):
-        if entry.name.startswith(".") and entry.name.endswith(FLIP_SUFFIX) and entry.is_symlink():
-            entry.unlink()
+    for name in [entry.name for entry in os.scandir(paths.adapters_dir)]:
+        if name.startswith(".") and name.endswith(FLIP_SUFFIX) and paths.link(name).is_symlink():
+            paths.link(name).unlink()
 
 
 def look(paths: MirrorPaths, known: Mapping[str, OnDisk]) -> dict[str, OnDisk]:
@@ -69,7 +71,7 @@ def look(paths: MirrorPaths, known: Mapping[str, OnDisk]) -> dict[str, OnDisk]:
         before = known.get(entry.name)
         if version is None:
             found[entry.name] = OnDisk(None, None)
-        elif before and before.version == version and paths.manifest(entry.name, version).exists():
+        elif before and before.version == version and _is_there(paths, entry.name, version):
             found[entry.name] = before
         else:
             found[entry.name] = OnDisk(version, load(paths, entry.name, version))
@@ -78,16 +80,22 @@ def look(paths: MirrorPaths, known: Mapping[str, OnDisk]) -> dict[str, OnDisk]:
 
 def load(paths: MirrorPaths, name: str, version: str) -> PublishedManifest | None:
     """The manifest of a version whose files are all there in the right size; else None."""
-    folder = paths.version_dir(name, version)
+    folder = f"{paths.versions}/{name}/{version}"
     try:
-        manifest = msgspec.json.decode(paths.manifest(name, version).read_bytes(), type=PublishedManifest)
+        with open(f"{folder}/{PUBLISHED_MANIFEST}", "rb", buffering=0) as file:  # noqa: PTH123 (see below)
+            manifest = _MANIFESTS.decode(file.read())
         if (manifest.name, manifest.version) != (name, version):
             return None
-        if any((folder / file.name).lstat().st_size != file.size for file in manifest.files):
+        if any(os.lstat(f"{folder}/{file.name}").st_size != file.size for file in manifest.files):
             return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return manifest
+
+
+def _is_there(paths: MirrorPaths, name: str, version: str) -> bool:
+    # Paths as text here: making a Path takes longer than the question, and a pass asks it for every adapter.
+    return os.path.exists(f"{paths.versions}/{name}/{version}/{PUBLISHED_MANIFEST}")  # noqa: PTH110
 
 
 def write_state(state_file: Path, state: MirrorState) -> None:

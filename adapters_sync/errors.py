@@ -8,6 +8,8 @@ SyncError
 ├── NoRoom               one adapter does not fit on the volume: the next pass looks again
 ├── RemoteUnavailable    S3 refused or cannot be reached: a failed listing fails the pass and deletes nothing,
 │                        a failed read leaves one adapter pending
+├── QueueUnavailable     the queue of S3 events, likewise: it is asked again later, passes go on by interval
+├── UnreadableEvent      one message there is about no S3 event: counted and deleted
 └── MirrorLocked         another syncer works on this volume: the pass is skipped
 """
 
@@ -50,6 +52,14 @@ class NoRoom(SyncError):
 
 class RemoteUnavailable(SyncError):
     """S3 could not be reached, or refused, after the SDK's own retries."""
+
+
+class QueueUnavailable(SyncError):
+    """The queue of S3 events could not be reached, or refused, after the SDK's own retries."""
+
+
+class UnreadableEvent(SyncError):
+    """A message on the queue of S3 events is about no S3 event."""
 
 
 class MirrorLocked(SyncError):

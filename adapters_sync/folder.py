@@ -8,7 +8,6 @@ reaches a worker.
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,18 +78,17 @@ def carried_files(path: Path) -> dict[str, os.stat_result]:
     behind its back. The manifests of push and mirror and files that are not carried are left out.
     """
     files = {}
-    for folder, _, names in os.walk(path, onerror=_raise):
-        for name in names:
-            file = Path(folder, name)
-            relative = file.relative_to(path).as_posix()
-            status = file.lstat()
-            if stat.S_ISREG(status.st_mode) and is_carried(relative):
-                files[relative] = status
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                relative = f"{folder}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{relative}/")
+                elif entry.is_file(follow_symlinks=False) and is_carried(relative):
+                    files[relative] = entry.stat(follow_symlinks=False)
     return dict(sorted(files.items()))
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _why_missing(path: Path, name: str) -> str:

@@ -1,7 +1,7 @@
 """What a listing says: objects under the prefix, sorted into adapters. Pure."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import msgspec
@@ -73,11 +73,14 @@ class RemoteAdapter(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return any(file.path == path for file in self.files)
 
 
-def take_inventory(objects: Iterable[RemoteFile], limits: Limits) -> dict[str, RemoteAdapter]:
+def take_inventory(
+    objects: Iterable[RemoteFile], limits: Limits, before: Mapping[str, RemoteAdapter] | None = None
+) -> dict[str, RemoteAdapter]:
     """Sort objects, whose paths are keys below the adapters' prefix, into adapters by name.
 
     A bad name or key makes the adapter that owns it faulty and nobody else. Objects directly under the
-    prefix and the empty objects that consoles make for folders belong to nobody.
+    prefix and the empty objects that consoles make for folders belong to nobody. An adapter that is as it was
+    in `before` is the same object, which knows its version by now.
     """
     found: dict[str, _Draft] = {}
     for item in objects:
@@ -87,7 +90,9 @@ def take_inventory(objects: Iterable[RemoteFile], limits: Limits) -> dict[str, R
             continue
         draft = found.setdefault(name, _Draft(name, limits))
         draft.add(msgspec.structs.replace(item, path=path))
-    return {name: draft.finish() for name, draft in found.items()}
+    adapters = {name: draft.finish() for name, draft in found.items()}
+    known = before or {}
+    return {name: known[name] if known.get(name) == one else one for name, one in adapters.items()}
 
 
 class _Draft:

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from adapters_sync.events import EventOutcome
 from adapters_sync.report import FailureKind, PassReport
 from adapters_sync.state import AdapterState
 
@@ -39,8 +40,16 @@ class SyncMetrics:
             ["kind"],
             registry=registry,
         )
+        self._events = Counter(
+            "loramill_sync_events",
+            "Messages about S3 events: hint (of a key that is mirrored), other, unreadable.",
+            ["outcome"],
+            registry=registry,
+        )
         for state in AdapterState:
             self._adapters.labels(state)
+        for event_outcome in EventOutcome:
+            self._events.labels(event_outcome)
         for outcome in ("ok", "failed"):
             self._passes.labels(outcome)
         for change in ("published", "deleted", "collected"):
@@ -62,3 +71,7 @@ class SyncMetrics:
             self._last_success.set(report.finished_at)
             for state in AdapterState:
                 self._adapters.labels(state).set(sum(one.state is state for one in report.adapters))
+
+    def count_event(self, outcome: EventOutcome) -> None:
+        """Count one message of the queue of S3 events."""
+        self._events.labels(outcome).inc()

@@ -5,12 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
+import msgspec
+
 from adapters_sync import disk
 from adapters_sync.base_model import BaseModelFile
 from adapters_sync.complete import Complete, Hopeless, Incomplete, judge
 from adapters_sync.disk import OnDisk
 from adapters_sync.errors import InvalidAdapter, ObjectChanged, RemoteUnavailable
-from adapters_sync.inventory import RemoteAdapter, take_inventory
+from adapters_sync.inventory import RemoteAdapter, RemoteFile, take_inventory
 from adapters_sync.layout import MirrorPaths
 from adapters_sync.memory import Memory
 from adapters_sync.options import Clock, MirrorOptions
@@ -25,6 +27,22 @@ _NOT_ASKED = Incomplete("not looked at")
 _UNKNOWN = Incomplete("to be looked at")
 _CHANGES = frozenset({Decision.PUBLISH, Decision.DELETE})
 _NOTHING = Outcome()
+
+
+_Listed = tuple[list[RemoteFile], dict[str, RemoteAdapter]]
+"""A listing, and what it comes to."""
+
+
+class _Calm(msgspec.Struct, frozen=True):
+    """A pass that had nothing to do, and would not have had more at another time."""
+
+    listed: _Listed
+    on_disk: dict[str, OnDisk]
+    report: PassReport
+
+    def holds(self, listed: _Listed, on_disk: dict[str, OnDisk]) -> bool:
+        """Whether another pass would only come to the same again."""
+        return self.listed is listed and self.on_disk == on_disk
 
 
 class Passes:
@@ -45,22 +63,34 @@ class Passes:
         )
         self._gate = asyncio.Semaphore(options.adapters_at_once)
         self._memory = Memory()
+        self._listed: _Listed = ([], {})
         self._on_disk: dict[str, OnDisk] = {}
+        self._calm: _Calm | None = None
         self._collect_from = -math.inf
         """When there may be something to collect, as far as the last look could tell."""
 
-    async def run(self) -> PassReport:
+    async def run(self, *, asked_for: bool = False) -> PassReport:
         """One pass over every adapter. Raises RemoteUnavailable when the listing failed, and OSError when the
         volume cannot be used; nothing was deleted then.
+
+        Passes that are `asked_for` may come in the pause between the removal of an upload and its
+        replacement: for what is absent they count only once it has been for `settle_seconds`.
         """
         await in_thread(disk.tidy, self._paths)
         inventory = await self._list()
         before, self._on_disk = self._on_disk, await in_thread(disk.look, self._paths, self._on_disk)
         linked = {name for name, one in self._on_disk.items() if one.version is not None}
-        self._memory.note_listing(inventory, linked, self._clock.monotonic())
+        least = self._options.settle_seconds if asked_for else 0.0
+        self._memory.note_listing(inventory, linked, self._clock.monotonic(), least_absence_seconds=least)
         self._workshop.forget_all_but(inventory)
         if await in_thread(self._base.look):
             self._memory.forget_refusals()
+            self._calm = None
+        if self._calm is not None and self._calm.holds(self._listed, self._on_disk):
+            collected = await self._collect(changed=before != self._on_disk)
+            return msgspec.structs.replace(
+                self._calm.report, finished_at=self._clock.now(), collected=collected
+            )
 
         desired = await in_thread(self._remember, inventory)
         judged = await all_done(
@@ -75,14 +105,23 @@ class Passes:
         outcomes = {name: Outcome(trouble=trouble) for name, trouble in troubles.items()}
         outcomes |= await self._act([one for one in actions if one.decision in _CHANGES], desired)
         collected = await self._collect(changed=before != self._on_disk)
-        return await in_thread(self._report, actions, desired, outcomes, collected)
+        report = await in_thread(self._report, actions, desired, outcomes, collected)
+        is_calm = _CHANGES.isdisjoint(action.decision for action in actions) and not report.failures
+        if is_calm and report.look_again_seconds is None:
+            self._calm = _Calm(self._listed, self._on_disk, report)
+        return report
 
     async def _list(self) -> dict[str, RemoteAdapter]:
         try:
-            return await in_thread(take_inventory, await self._remote.list(), self._options.limits)
+            objects = await self._remote.list()
         except RemoteUnavailable:
             self._memory.note_failed_listing()
             raise
+        before, inventory = self._listed
+        if objects != before:
+            inventory = await in_thread(take_inventory, objects, self._options.limits, inventory)
+            self._listed = (objects, inventory)
+        return inventory
 
     def _remember(self, inventory: Mapping[str, RemoteAdapter]) -> dict[str, Desired]:
         """What is known about uploads without asking; the verdict is _UNKNOWN where one is needed."""
@@ -178,12 +217,14 @@ class Passes:
             collected=collected,
             fetched_bytes=sum(outcome.fetched_bytes for outcome in outcomes.values()),
             failures=Counter(one.trouble.kind for one in outcomes.values() if one.trouble is not None),
-            unsettled=any(_waits_for_time(action, desired.get(action.name)) for action in actions),
+            look_again_seconds=min(
+                (due for action in actions if (due := self._due(action, desired)) is not None), default=None
+            ),
         )
 
-
-def _waits_for_time(action: Action, desired: Desired | None) -> bool:
-    """True when a later pass would do more even if nothing changes."""
-    if action.decision is Decision.WAIT and desired is not None:
-        return isinstance(desired.verdict, Incomplete) and desired.verdict.settling
-    return action.decision is Decision.MISS
+    def _due(self, action: Action, desired: Mapping[str, Desired]) -> float | None:
+        """In how many seconds a pass would do more for this adapter though nothing changed."""
+        if action.decision is Decision.MISS:
+            return self._options.settle_seconds
+        verdict = desired[action.name].verdict if action.decision is Decision.WAIT else None
+        return verdict.seconds_left if isinstance(verdict, Incomplete) else None

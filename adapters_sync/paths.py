@@ -1,6 +1,8 @@
 """Where things are on the volume, and what one version of one adapter on it is called."""
 
+import os
 import re
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -11,16 +13,16 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 _VERSIONS = ".versions"
 
 
-class MirrorPaths(msgspec.Struct, frozen=True):
+class MirrorPaths(msgspec.Struct, frozen=True, dict=True):
     """Where things are, from the adapters folder. All but the links live beside it, in its parent."""
 
     adapters_dir: Path
 
-    @property
+    @cached_property
     def versions(self) -> Path:
         return self.adapters_dir.parent / _VERSIONS
 
-    @property
+    @cached_property
     def staging(self) -> Path:
         return self.adapters_dir.parent / ".staging"
 
@@ -40,7 +42,7 @@ class MirrorPaths(msgspec.Struct, frozen=True):
         return self.adapters_dir / name
 
     def version_dir(self, name: str, version: str) -> Path:
-        return self.versions / name / version
+        return self.versions.joinpath(name, version)
 
     def manifest(self, name: str, version: str) -> Path:
         return self.version_dir(name, version) / PUBLISHED_MANIFEST
@@ -52,7 +54,8 @@ class MirrorPaths(msgspec.Struct, frozen=True):
     def linked_version(self, name: str) -> str | None:
         """The version that the link of this name points to; None when there is no such link of ours."""
         try:
-            target = self.link(name).readlink().as_posix()
+            # Not through Path, which takes longer than the call: a pass asks for every adapter.
+            target = os.readlink(f"{self.adapters_dir}/{name}")  # noqa: PTH115
         except OSError:
             return None
         version = target.rpartition("/")[2]

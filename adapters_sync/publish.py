@@ -31,10 +31,9 @@ of its own cannot be renamed into from anywhere else."""
 
 def seal(staging: Path, manifest: PublishedManifest, now: float) -> None:
     """Write the manifest and put every folder of the tree on the disk. The files are there already."""
-    path = staging / PUBLISHED_MANIFEST
-    with path.open("xb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
-        file.flush()
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    with (staging / PUBLISHED_MANIFEST).open("xb", buffering=0) as file:
+        file.write(text)
         os.fchmod(file.fileno(), 0o444)
         os.fsync(file.fileno())
     os.utime(staging, (now, now))
@@ -164,10 +163,10 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _sync_tree(root: Path) -> None:
     for folder, _, _ in os.walk(root, topdown=False):
-        sync_folder(Path(folder))
+        sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path | str) -> None:
     """Put a folder's entries on the disk: without it a rename may be undone by a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

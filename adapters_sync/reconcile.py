@@ -14,9 +14,13 @@ import msgspec
 
 from adapters_sync import disk
 from adapters_sync.errors import MirrorLocked, RemoteUnavailable, SettingsError
+from adapters_sync.event_queue import EventQueue, connect_queue
+from adapters_sync.events import EventOutcome
 from adapters_sync.inventory import Limits
 from adapters_sync.layout import MirrorPaths
+from adapters_sync.listener import listening
 from adapters_sync.options import Clock, MirrorOptions
+from adapters_sync.pace import LEAST_SECONDS, Pace
 from adapters_sync.passes import Passes
 from adapters_sync.remote import Remote, connect
 from adapters_sync.report import FailureKind, PassReport
@@ -32,7 +36,7 @@ _REAL_CLOCK = Clock()
 _MAX_SETTLING_PASSES = 4
 
 
-def _ignore(report: PassReport) -> None:
+def _ignore(_: object) -> None:
     pass
 
 
@@ -45,14 +49,21 @@ class Mirror:
         adapters_dir: Path,
         options: MirrorOptions = _DEFAULTS,
         clock: Clock = _REAL_CLOCK,
+        events: EventQueue | None = None,
     ) -> None:
-        """Writes nothing yet. Raises SettingsError when another mirrored folder has the same parent."""
+        """Writes nothing yet. Raises SettingsError when another mirrored folder has the same parent.
+
+        `run` listens to `events`, if any.
+        """
         # Real, since a link's `..` is that of the folder it lies in, not of the path that led there.
         self._paths = MirrorPaths(adapters_dir.resolve())
         self._options = options
         self._clock = clock
+        self._events = events
+        self._source = remote.source
         self._passes = Passes(remote, self._paths, options, clock)
         self._state = _restore(self._paths, str(remote.source))
+        self._pace = Pace(options.interval_seconds, clock.random)
         self._woken = asyncio.Event()
         self._ready = False
 
@@ -67,21 +78,32 @@ class Mirror:
         return self._state
 
     def wake(self) -> None:
-        """Begin the next pass now: for whoever hears that S3 changed. Call it on the event loop."""
+        """Begin the next pass now, or a second after the last: for whoever hears that S3 changed.
+
+        Call it on the event loop.
+        """
         self._woken.set()
 
-    async def run(self, stop: asyncio.Event, on_pass: Callable[[PassReport], None] = _ignore) -> None:
+    async def run(
+        self,
+        stop: asyncio.Event,
+        on_pass: Callable[[PassReport], None] = _ignore,
+        on_event: Callable[[EventOutcome], None] = _ignore,
+    ) -> None:
         """Pass after pass until `stop` is set; a pass under way is cancelled, which the disk can bear."""
-        while not stop.is_set():
-            try:
-                report = await unless(stop, self.run_once())
-            except Exception as error:
-                _logger.exception("a pass failed by a mistake of ours")
-                report = self._failed(FailureKind.INTERNAL, repr(error))
-            if report is None:
-                return
-            on_pass(report)
-            await unless(stop, self._pause())
+        asked_for = False
+        async with listening(self._events, self._source, self.wake, on_event, self._clock):
+            while not stop.is_set():
+                try:
+                    report = await unless(stop, self.run_once(asked_for=asked_for))
+                except Exception as error:
+                    _logger.exception("a pass failed by a mistake of ours")
+                    report = self._failed(FailureKind.INTERNAL, repr(error))
+                if report is None:
+                    return
+                on_pass(report)
+                seconds = self._pace.seconds_after(report, asked_for=asked_for)
+                asked_for = bool(await unless(stop, self._pause(seconds)))
 
     async def settle(
         self, stop: asyncio.Event, on_pass: Callable[[PassReport], None] = _ignore
@@ -96,17 +118,20 @@ class Mirror:
             if report is None:
                 return None
             on_pass(report)
-            if not report.ok or not report.unsettled or not remaining:
+            if not report.ok or report.look_again_seconds is None or not remaining:
                 return report
             await unless(stop, self._sleep(self._options.settle_seconds))
         return None
 
-    async def run_once(self) -> PassReport:
-        """One pass. Trouble is in the report; what is raised is a mistake of ours."""
+    async def run_once(self, *, asked_for: bool = False) -> PassReport:
+        """One pass. Trouble is in the report; what is raised is a mistake of ours.
+
+        One that is `asked_for` may come soon after another, and counts for a deletion accordingly.
+        """
         started = self._clock.monotonic()
         try:
             with disk.exclusive(self._paths.lock_file):
-                report = await self._pass()
+                report = await self._pass(asked_for)
                 await self._record(report)
         except MirrorLocked as error:
             report = self._failed(FailureKind.LOCKED, str(error))
@@ -115,9 +140,9 @@ class Mirror:
         self._ready = self._ready or report.ok
         return msgspec.structs.replace(report, seconds=self._clock.monotonic() - started)
 
-    async def _pass(self) -> PassReport:
+    async def _pass(self, asked_for: bool) -> PassReport:
         try:
-            return await self._passes.run()
+            return await self._passes.run(asked_for=asked_for)
         except RemoteUnavailable as error:
             return self._failed(FailureKind.LIST, str(error))
 
@@ -136,11 +161,15 @@ class Mirror:
         _logger.warning("a pass failed", extra={"kind": kind, "reason": error})
         return PassReport(ok=False, finished_at=self._clock.now(), error=error, failures={kind: 1})
 
-    async def _pause(self) -> None:
-        """Wait out the interval, a tenth more or less, or until somebody calls `wake`."""
-        seconds = self._options.interval_seconds * (0.9 + 0.2 * self._clock.random())
-        await unless(self._woken, self._sleep(seconds))
+    async def _pause(self, seconds: float) -> bool:
+        """Wait so long, or until somebody calls `wake`, but a second at least; True when somebody did."""
+        least = min(LEAST_SECONDS, seconds)
+        await self._sleep(least)
+        if not self._woken.is_set():
+            await unless(self._woken, self._sleep(seconds - least))
+        woken = self._woken.is_set()
         self._woken.clear()
+        return woken
 
     async def _sleep(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
@@ -148,14 +177,17 @@ class Mirror:
 
 @asynccontextmanager
 async def open_mirror(
-    uri: str, adapters_dir: Path, options: MirrorOptions = _DEFAULTS
+    uri: str,
+    adapters_dir: Path,
+    options: MirrorOptions = _DEFAULTS,
+    events_queue_url: str | None = None,
 ) -> AsyncIterator[Mirror]:
-    """A mirror of `s3://bucket/model_id/adapters/` and its connection, which is closed at the end.
+    """A mirror of `s3://bucket/model_id/adapters/` and its connections, which are closed at the end.
 
     Raises InvalidUri, SettingsError, and RemoteUnavailable when not even a client can be made.
     """
-    async with connect(parse_prefix(uri)) as remote:
-        yield Mirror(remote, adapters_dir, options)
+    async with connect(parse_prefix(uri)) as remote, connect_queue(events_queue_url) as events:
+        yield Mirror(remote, adapters_dir, options, events=events)
 
 
 def _restore(paths: MirrorPaths, source: str) -> MirrorState:

@@ -6,21 +6,22 @@ read in ranges without IfMatch and can mix two objects without an error.
 
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from datetime import datetime
-from email.utils import parsedate_to_datetime
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import aioboto3
 import aiohttp
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
+from aiobotocore.httpchecksum import handle_checksum_body
+from aiobotocore.httpsession import AIOHTTPSession
+from aiobotocore.response import StreamingBody
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.utils import parse_timestamp
 
 from adapters_sync.errors import ObjectChanged, RemoteUnavailable
 from adapters_sync.inventory import RemoteFile
+from adapters_sync.listing import Pages
+from adapters_sync.shortcut import Shortcut
 from adapters_sync.tasks import in_thread
 from adapters_sync.uris import S3Prefix
 
@@ -28,6 +29,7 @@ MAX_CONNECTIONS = 32
 MAX_ATTEMPTS = 4
 PART_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
+_OBJECTS = "RemoteFiles"
 _LIBRARY_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 
 
@@ -37,7 +39,14 @@ async def connect(source: S3Prefix) -> AsyncIterator["Remote"]:
 
     Credentials, region and endpoint are the SDK's own (`AWS_*`).
     """
+    connections: list[AIOHTTPSession] = []
+
+    def connected(**kwargs: Any) -> AIOHTTPSession:
+        connections.append(AIOHTTPSession(**kwargs))
+        return connections[-1]
+
     config = AioConfig(
+        http_session_cls=connected,
         max_pool_connections=MAX_CONNECTIONS,
         connect_timeout=10,
         read_timeout=60,
@@ -45,42 +54,33 @@ async def connect(source: S3Prefix) -> AsyncIterator["Remote"]:
         tcp_keepalive=True,
     )
     with _mapped_errors(f"connect to {source}"):
-        context = aioboto3.Session(botocore_session=_session()).client("s3", config=config)
+        context = aioboto3.Session().client("s3", config=config)
         client = await context.__aenter__()
     try:
-        yield Remote(client, source)
+        yield Remote(client, source, Shortcut(client, source.prefix, connections[-1].send, _LIBRARY_ERRORS))
     finally:
         await context.__aexit__(None, None, None)
-
-
-def _session() -> AioSession:
-    """The SDK's own session, but for its way with time stamps, which would take half of a listing's time."""
-    session = AioSession()
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
-    return session
-
-
-def _timestamp(text: str) -> datetime:
-    for parse in (datetime.fromisoformat, parsedate_to_datetime):  # as in listings, as in headers
-        with suppress(ValueError):
-            return parse(text)
-    found: datetime = parse_timestamp(text)
-    return found
 
 
 class Remote:
     """The objects under one prefix. Paths are relative to it. Every call may raise RemoteUnavailable."""
 
-    def __init__(self, client: Any, source: S3Prefix) -> None:
+    def __init__(self, client: Any, source: S3Prefix, shortcut: Shortcut) -> None:
         self._client = client
+        self._shortcut = shortcut
         self.source = source
+        self._pages = Pages(source.prefix)
+        # The asterisk lets it go before a handler of the SDK's that parses a page whole, in search of errors.
+        client.meta.events.register("before-parse.*.ListObjectsV2", self._take_page)
 
     async def list(self) -> list[RemoteFile]:
         """Every object under the prefix: all pages, or an error."""
-        found = []
+        found: list[RemoteFile] = []
+        self._pages.begin()
         with _mapped_errors(f"list {self.source}"):
             pages = self._client.get_paginator("list_objects_v2")
             async for page in pages.paginate(Bucket=self.source.bucket, Prefix=self.source.prefix):
+                found += page.get(_OBJECTS, ())
                 found += [_file(item, self.source.prefix) for item in page.get("Contents", ())]
         return found
 
@@ -90,16 +90,27 @@ class Remote:
         Close the iterator (contextlib.aclosing) when not reading to the end.
         """
         with _mapped_errors(f"read {self.source}{path}", changed=path):
-            response = await self._client.get_object(
-                Bucket=self.source.bucket, Key=self.source.prefix + path, IfMatch=etag, ChecksumMode="ENABLED"
-            )
-            body = response["Body"]
+            body = await self._open(path, etag)
             # Not `async with body as stream`: that hands out the bare response, whose reads verify nothing.
             try:
                 while chunk := await body.read(_READ_BYTES):
                     yield chunk
             finally:
                 body.close()
+
+    async def _open(self, path: str, etag: str) -> Any:
+        """The body of an object, which verifies its length and checksum where there is one."""
+        at = self._at(path)
+        if found := await self._shortcut.get(path, etag):
+            response, context = found
+            headers = response.headers
+            parsed = {"headers": headers, "context": {}}
+            parsed["body"] = StreamingBody(response.raw, headers.get("content-length"))
+            operation = self._client.meta.service_model.operation_model("GetObject")
+            await handle_checksum_body(response, parsed, context, operation)
+            return parsed["body"]
+        answer = await self._client.get_object(**at, IfMatch=etag, ChecksumMode="ENABLED")
+        return answer["Body"]
 
     async def put(self, path: str, data: bytes) -> None:
         """Store a small object."""
@@ -154,6 +165,13 @@ class Remote:
                 with _mapped_errors(f"abort the upload of {self.source}{path}"):
                     await self._client.abort_multipart_upload(**at, UploadId=upload_id)
         return digest.hexdigest()
+
+    def _take_page(
+        self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
+    ) -> None:
+        """Leave to the SDK what a page says besides its objects."""
+        if taken := self._pages.take(response_dict["body"]):
+            customized_response_dict[_OBJECTS], response_dict["body"] = taken
 
     def _at(self, path: str) -> dict[str, str]:
         return {"Bucket": self.source.bucket, "Key": self.source.prefix + path}

@@ -58,8 +58,9 @@ class PassReport(msgspec.Struct, frozen=True, kw_only=True):
     fetched_bytes: int = 0
     failures: Mapping[FailureKind, int] = {}
     """Counts of this pass, by kind; a kind that did not occur is absent."""
-    unsettled: bool = False
-    """True when a later pass would do more though nothing changed: an upload settles, a deletion waits."""
+    look_again_seconds: float | None = None
+    """When a later pass would do more though nothing changed, as an upload settles or a deletion waits: in
+    how long the first of these is due; else None."""
 
 
 def status_of(

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from adapters_sync.errors import NoRoom
@@ -30,20 +31,16 @@ class Room:
         if self._limits.disk_bytes is not None:
             self._used_bytes = await in_thread(_used_bytes, self._paths)
 
-    @asynccontextmanager
-    async def claim(self, needed_bytes: int) -> AsyncIterator[None]:
-        """Room for so many bytes more, besides what others have claimed; they are written in the block.
-
-        Raises NoRoom when they would pass a cap.
-        """
-        promised_bytes = self._promised_bytes
+    @contextmanager
+    def claim(self, needed_bytes: int) -> Iterator["Claim"]:
+        """Room for so many bytes more, besides what others have claimed; they are written in the block."""
+        claim = Claim(partial(self._check, needed_bytes, self._promised_bytes))
         self._promised_bytes += needed_bytes
         try:
-            await in_thread(self._check, needed_bytes, promised_bytes)
-            yield
-            self._used_bytes += needed_bytes
+            yield claim
         finally:
             self._promised_bytes -= needed_bytes
+            self._used_bytes += claim.used_bytes
 
     def _check(self, needed_bytes: int, promised_bytes: int) -> None:
         # The figures of the volume stay out of the message: they change all the time, and with them the
@@ -56,6 +53,19 @@ class Room:
         if limits.disk_bytes is not None and self._used_bytes + more > limits.disk_bytes:
             cap = limits.disk_bytes
             raise NoRoom(f"no room for {needed_bytes} bytes: all versions together may take {cap}")
+
+
+class Claim:
+    """What was asked for, for as long as it is being written."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+        """Raises NoRoom when the bytes would pass a cap. Blocking."""
+        self.used_bytes = 0
+
+    def used(self, written_bytes: int) -> None:
+        """So many bytes are on the volume now, for good."""
+        self.used_bytes += written_bytes
 
 
 def _used_bytes(paths: MirrorPaths) -> int:

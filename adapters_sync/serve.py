@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -19,6 +18,7 @@ async def serving(
     /live answers 200 while the event loop runs, /ready 503 until `ready()`. Raises SyncError when the
     address cannot be had.
     """
+    from aiohttp import web  # noqa: PLC0415 (what runs once has no HTTP side, and starts sooner so)
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

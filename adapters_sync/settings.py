@@ -33,6 +33,8 @@ _SEGMENT = r"[^/\x00-\x1f]+"
 S3_PREFIX = rf"^{_BUCKET}/({_SEGMENT}/)*\Z"
 S3_PREFIX_EXPECTED = "an s3://bucket/prefix/ that ends with a slash"
 ADAPTERS_URI = rf"^{_BUCKET}/({_SEGMENT}/)+\Z"
+QUEUE_URL = r"^https?://[^/\s]+/\S+\Z"
+QUEUE_URL_EXPECTED = "the http(s) URL of a queue"
 MODEL = rf"^(?!s3://).|^{_BUCKET}(/{_SEGMENT})*/?\Z"
 MODEL_EXPECTED = "a local folder, an s3://bucket/model_id/ prefix or a hub id"
 
@@ -327,6 +329,15 @@ class SyncSettings(msgspec.Struct, frozen=True, kw_only=True):
             le=86_400,
         ),
     ] = 60.0
+    adapters_events_queue_url: Annotated[
+        str | None,
+        Meta(
+            description="SQS queue of S3 events: one of a key under ADAPTERS_URI has the mirror list at "
+            "once. What is read there is deleted, so each mirror needs a queue of its own. Default: none.",
+            pattern=QUEUE_URL,
+            extra={"expected": QUEUE_URL_EXPECTED},
+        ),
+    ] = None
     log_format: Annotated[
         Literal["auto", "text", "json"],
         Meta(description="Log lines for people or for machines; auto is text on a terminal, else json."),

@@ -1,14 +1,11 @@
-"""How results and progress look on a terminal, and elsewhere."""
+"""How results and progress look on a terminal, and elsewhere.
+
+What draws on terminals is imported there: most mirrors run without one, and start sooner so.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
 from adapters_sync.report import PassReport
 from adapters_sync.state import AdapterStatus
@@ -42,6 +39,11 @@ def _line(adapter: AdapterStatus) -> str:
 def show_survey(survey: Survey) -> None:
     """A table on a terminal; elsewhere a line for each adapter, its columns between tabs, sizes in bytes."""
     if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 (a terminal)
+        from rich.filesize import decimal  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
         table = Table(*COLUMNS, box=None, pad_edge=False)
         for line in survey.adapters:
             size = "-" if line.bytes is None else decimal(line.bytes)
@@ -77,8 +79,16 @@ def showing_progress(sizes: Mapping[str, int]) -> Iterator[Callable[[str, int], 
     Yields what is to be told a path and how many more of its bytes were sent.
     """
     if sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        from rich import progress  # noqa: PLC0415 (a terminal)
+        from rich.console import Console  # noqa: PLC0415
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("uploading", total=sum(sizes.values()))
             yield lambda path, count: bar.advance(task, count)
     else:

@@ -12,15 +12,15 @@ from adapters_sync import disk, publish
 from adapters_sync.base_model import BaseModelFile
 from adapters_sync.disk import OnDisk
 from adapters_sync.errors import InvalidAdapter, NoRoom, ObjectChanged, RemoteUnavailable
-from adapters_sync.fetch import Fetched, Previous, bytes_to_fetch, fetch
+from adapters_sync.fetch import Arrived, Previous, bytes_to_fetch, fetch, prepare
 from adapters_sync.folder import AdapterSummary, check_folder
 from adapters_sync.inventory import Limits, RemoteAdapter, RemoteFile
 from adapters_sync.layout import MirrorPaths
-from adapters_sync.manifests import PublishedManifest, UploadManifest
+from adapters_sync.manifests import PublishedFile, PublishedManifest, UploadManifest
 from adapters_sync.names import UPLOAD_MANIFEST
 from adapters_sync.remote import Remote
 from adapters_sync.report import FailureKind, Trouble
-from adapters_sync.room import Room
+from adapters_sync.room import Claim, Room
 from adapters_sync.tasks import in_thread
 
 _logger = logging.getLogger(__name__)
@@ -123,42 +123,49 @@ class Workshop:
     async def _publish(
         self, adapter: RemoteAdapter, sha256: Mapping[str, str], before: OnDisk | None
     ) -> Outcome:
-        name, version = adapter.name, adapter.version
-        manifest = await in_thread(disk.load, self._paths, name, version)
-        fetched_bytes = 0
-        if manifest is None:
-            manifest, fetched_bytes = await self._bring(adapter, sha256, self._previous(name, before))
-        else:  # on the volume since other times
-            await in_thread(self._check, self._paths.version_dir(name, version))
-        await in_thread(publish.flip, self._paths, name, version, self._time())
-        return Outcome(on_disk=OnDisk(version, manifest), fetched_bytes=fetched_bytes)
-
-    async def _bring(
-        self, adapter: RemoteAdapter, sha256: Mapping[str, str], previous: Previous | None
-    ) -> tuple[PublishedManifest, int]:
-        """Put a version on the volume, where nobody sees it yet; the bytes that came from S3 are told too."""
         staging = self._paths.staging / adapter.name
-        async with self._room.claim(bytes_to_fetch(adapter, previous)):
-            fetched = await fetch(
-                self._remote, adapter, staging, sha256=sha256, previous=previous, gate=self._gate
-            )
-            manifest = await in_thread(self._check_and_install, adapter, staging, fetched)
-        return manifest, fetched.fetched_bytes
+        previous = self._previous(adapter.name, before)
+        needed_bytes = bytes_to_fetch(adapter, previous)
+        with self._room.claim(needed_bytes) as claim:
+            begun = await in_thread(self._begin, adapter, staging, previous, claim)
+            if isinstance(begun, PublishedManifest):
+                return Outcome(on_disk=OnDisk(adapter.version, begun))
+            arrived = await fetch(self._remote, adapter, staging, linked=begun, gate=self._gate)
+            manifest = await in_thread(self._finish, adapter, staging, arrived, sha256)
+            claim.used(arrived.fetched_bytes)
+        return Outcome(on_disk=OnDisk(adapter.version, manifest), fetched_bytes=arrived.fetched_bytes)
 
-    def _check_and_install(
-        self, adapter: RemoteAdapter, staging: Path, fetched: Fetched
+    def _begin(
+        self, adapter: RemoteAdapter, staging: Path, previous: Previous | None, claim: Claim
+    ) -> PublishedManifest | dict[str, PublishedFile]:
+        """Serve a version that is on the volume since other times; for any other make a staging folder.
+
+        Returns the version's manifest, or the files that lie in staging already.
+        """
+        name, version = adapter.name, adapter.version
+        if manifest := disk.load(self._paths, name, version):
+            self._check(self._paths.version_dir(name, version))
+            publish.flip(self._paths, name, version, self._time())
+            return manifest
+        claim.check()
+        return prepare(staging, adapter, previous)
+
+    def _finish(
+        self, adapter: RemoteAdapter, staging: Path, arrived: Arrived, sha256: Mapping[str, str]
     ) -> PublishedManifest:
-        summary = self._check(staging)
-        manifest = self._manifest(adapter, fetched, summary)
+        """From what has arrived to what is served, in one change of threads."""
+        files = arrived.finish(sha256)
+        manifest = self._manifest(adapter, files, self._check(staging))
         publish.seal(staging, manifest, manifest.published_at)
         publish.install(self._paths, staging, adapter.name, adapter.version)
+        publish.flip(self._paths, adapter.name, adapter.version, self._time())
         return manifest
 
     def _check(self, folder: Path) -> AdapterSummary:
         return check_folder(folder, max_rank=self._limits.rank, base=self._base.model)
 
     def _manifest(
-        self, adapter: RemoteAdapter, fetched: Fetched, summary: AdapterSummary
+        self, adapter: RemoteAdapter, files: tuple[PublishedFile, ...], summary: AdapterSummary
     ) -> PublishedManifest:
         return PublishedManifest(
             name=adapter.name,
@@ -167,7 +174,7 @@ class Workshop:
             published_at=self._time(),
             rank=summary.rank,
             bytes=summary.bytes,
-            files=fetched.files,
+            files=files,
         )
 
     def _previous(self, name: str, before: OnDisk | None) -> Previous | None:

@@ -58,7 +58,9 @@ def test_no_command_shows_the_help(cli):
     assert "Usage" in result.output
 
 
-@pytest.mark.parametrize("command", ["worker", "sync", "push", "enqueue", "results", "redrive", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", ["worker", "sync", "push", "enqueue", "results", "redrive", "doctor", "demo"]
+)
 def test_every_command_explains_itself(cli, command):
     result = cli(command, "--help", COLUMNS="200")
     assert result.exit_code == 0

@@ -339,6 +339,26 @@ def test_queue_url_is_http(url):
     assert "queue_url" in mistakes(environ={"LORAMILL_QUEUE_URL": url})[0]
 
 
+@pytest.mark.parametrize("url", ["queue", "s3://bucket/q", "https://host", "https://host/a b"])
+def test_the_queue_of_events_is_http(url):
+    (mistake,) = mistakes(environ={"LORAMILL_ADAPTERS_EVENTS_QUEUE_URL": url})
+    assert mistake == (
+        f"adapters_events_queue_url: {url!r} (from LORAMILL_ADAPTERS_EVENTS_QUEUE_URL) must be "
+        "the http(s) URL of a queue"
+    )
+
+
+def test_the_queue_of_events_is_not_that_of_the_jobs():
+    environ = {"LORAMILL_QUEUE_URL": "https://host/1/jobs"}
+    flags = {"adapters_events_queue_url": "https://host/1/jobs"}
+    (mistake,) = mistakes(environ=environ, flags=flags)
+    said = "https://host/1/jobs (from --adapters-events-queue-url) must not be queue_url"
+    assert mistake == f"adapters_events_queue_url: {said}"
+    flags = {"adapters_events_queue_url": "https://host/1/events"}
+    assert read_settings(environ=environ, flags=flags).adapters_events_queue_url == "https://host/1/events"
+    assert read_settings(environ={}).adapters_events_queue_url is None
+
+
 @pytest.mark.parametrize(("text", "good"), [("9", False), ("10", True), ("43200", True), ("43201", False)])
 def test_visibility_timeout_lies_within_sqs_limits(text, good):
     environ = {"LORAMILL_VISIBILITY_TIMEOUT_SECONDS": text}

@@ -25,8 +25,10 @@ from worker.bridge import Bridge
 from worker.commit import Committer, Provenance
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.base_model import BaseModel, load_base_model, resolve_device
+from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
+from worker.engine.discovery import foresee
 from worker.engine.engine import Engine
+from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import measure_costs
 from worker.engine.lora_store import LoRAStore
@@ -100,13 +102,13 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         queue = SqsQueue(clients, settings.queue_url, visibility_seconds=settings.visibility_timeout_seconds)
         info = await queue.describe()
         _warn_about(info, settings)
-        owned = await stack.enter_async_context(_owned_tasks())
         mirror = await stack.enter_async_context(_mirror(settings))
-        if mirror is not None:
-            owned.add(
-                asyncio.create_task(mirror.run(signals.stop, SyncMetrics(registry).observe), name="mirror")
-            )
+        owned = await stack.enter_async_context(_owned_tasks())
         weights = await fetch_weights(settings, objects, _logging_bytes())
+        if mirror is not None:
+            # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
+            await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
+            owned.add(_mirroring(mirror, SyncMetrics(registry), signals.stop))
         core = await asyncio.to_thread(build_core, settings, weights)
         await asyncio.to_thread(_tell_mirrors, settings, core.targets)
         if signals.stop.is_set():
@@ -181,7 +183,8 @@ def build_core(settings: Settings, weights: str) -> Core:
         lora_dtype=dtype,
     )
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs)
+    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
+    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
     store = LoRAStore(
         AdapterLoader(
             runner.targets,
@@ -217,21 +220,36 @@ def build_core(settings: Settings, weights: str) -> Core:
     return Core(base, engine, store, runner.targets)
 
 
+def _tuner(settings: Settings, device: torch.device) -> Tuner:
+    from worker.engine.kernels.tuning import CudaTimer, TimingTuner, device_file  # noqa: PLC0415 (needs Triton)
+
+    file = device_file(settings.cache_path, device)
+    return TimingTuner(CudaTimer(), settings.kernel_tuning_seconds, file)
+
+
+def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:
+    """As `_tell_mirrors`, from the configuration of the model in `weights` alone. Raises ModelError."""
+    outline = load_outline(weights, trust_remote_code=settings.trust_remote_code)
+    _tell_mirrors(settings, foresee(outline))
+
+
 def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
     """Leave word beside the adapters of what they must fit, for mirrors here and in other processes."""
     folder = settings.adapters_path if settings.lora_enabled else None
     if folder is None:
         return
     paths = MirrorPaths(folder.resolve())
-    if not os.access(paths.base_model_file.parent, os.W_OK):
-        return  # no mirror writes there either
+    place = paths.base_model_file.parent
     told = AdapterBase(
         modules={n: (one.in_features, one.out_features) for n, one in targets.items() if not one.refused},
         refused={name: one.refused for name, one in targets.items() if one.refused},
         max_lora_rank=settings.max_lora_rank,
     )
     try:
-        write_base_model(paths, told)
+        if settings.sync:
+            place.mkdir(parents=True, exist_ok=True)  # no pass has made it before the first
+        if os.access(place, os.W_OK):  # else no mirror writes there either
+            write_base_model(paths, told)
     except OSError as error:
         logger.warning("cannot tell mirrors what adapters must fit", extra={"reason": str(error)})
 
@@ -306,8 +324,15 @@ async def _mirror(settings: Settings) -> AsyncIterator[Mirror | None]:
         settle_seconds=settings.settle_seconds,
         limits=Limits(rank=settings.max_lora_rank),
     )
-    async with open_mirror(settings.mirror_uri, settings.adapters_path, options) as mirror:
+    opened = open_mirror(
+        settings.mirror_uri, settings.adapters_path, options, settings.adapters_events_queue_url
+    )
+    async with opened as mirror:
         yield mirror
+
+
+def _mirroring(mirror: Mirror, metrics: SyncMetrics, stop: asyncio.Event) -> asyncio.Task[None]:
+    return asyncio.create_task(mirror.run(stop, metrics.observe, metrics.count_event), name="mirror")
 
 
 async def _registered(

@@ -27,7 +27,7 @@ _PANELS = (
         "Adapters",
         ("adapter", "sync", "settle", "lora", "max_lora", "max_cpu", "enable_lora", "fully", "long_lora"),
     ),
-    ("Model and engine", ("model", "device", "dtype", "max_", "trust", "tensor", "cache")),
+    ("Model and engine", ("model", "device", "dtype", "max_", "trust", "tensor", "cache", "kernel")),
 )
 
 

@@ -21,6 +21,8 @@ from adapters_sync import settings as reader
 from adapters_sync.settings import (
     MODEL,
     MODEL_EXPECTED,
+    QUEUE_URL,
+    QUEUE_URL_EXPECTED,
     S3_PREFIX,
     S3_PREFIX_EXPECTED,
     Reading,
@@ -49,8 +51,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         str | None,
         Meta(
             description="The SQS queue.",
-            pattern=r"^https?://[^/\s]+/\S+\Z",
-            extra={"expected": "the http(s) URL of a queue"},
+            pattern=QUEUE_URL,
+            extra={"expected": QUEUE_URL_EXPECTED},
         ),
     ] = None
     output_prefixes: Annotated[
@@ -94,6 +96,15 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"expected": "a number above 0 and at most 1"},
         ),
     ] = None
+    kernel_tuning_seconds: Annotated[
+        float,
+        Meta(
+            description="How long a GPU worker may time its LoRA kernels at start. What it finds is kept "
+            "in CACHE_DIR for this kind of GPU; 0 takes what is there, and defaults.",
+            ge=0,
+            le=3600,
+        ),
+    ] = 30.0
     max_passed_over: Annotated[
         int,
         Meta(
@@ -454,6 +465,11 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
             {"max_num_batched_tokens", "max_num_seqs"},
             settings.max_num_batched_tokens < settings.max_num_seqs,
             f"max_num_batched_tokens: {tokens} must be at least max_num_seqs, {rows}",
+        ),
+        (
+            {"adapters_events_queue_url", "queue_url"},
+            settings.queue_url is not None and settings.adapters_events_queue_url == settings.queue_url,
+            f"adapters_events_queue_url: {shown('adapters_events_queue_url')} must not be queue_url",
         ),
         (
             {"http_host", "http_token"},

@@ -35,9 +35,9 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def resident_mib() -> float:
-    """Memory of this process that is resident now, MiB. Linux only."""
-    return int(_values(Path("/proc/self/status").read_text(), "VmRSS")[0].split()[0]) / 1024
+def resident_mib(process: int | str = "self") -> float:
+    """Memory of a process that is resident now, MiB. Linux only."""
+    return int(_values(Path(f"/proc/{process}/status").read_text(), "VmRSS")[0].split()[0]) / 1024
 
 
 def _values(text: str, name: str) -> list[str]:

@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -64,20 +64,30 @@ class Pass(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--adapters", type=_positive, default=1000)
-    cli.add_argument("--rounds", type=_positive, default=1)
-    default = "seaweedfs" if servers.weed() else "moto"
-    cli.add_argument("--server", choices=["seaweedfs", "moto"], default=default)
+    cli.add_argument("--adapters", type=positive, default=1000)
+    cli.add_argument("--rounds", type=positive, default=1)
+    add_server(cli)
     cli.add_argument("--aws", default=shutil.which("aws"), metavar="PATH", help="the program of awscli")
     return cli
 
 
+def add_server(cli: argparse.ArgumentParser) -> None:
+    default = "seaweedfs" if servers.weed() else "moto"
+    cli.add_argument("--server", choices=["seaweedfs", "moto"], default=default)
+
+
+def server(name: str) -> AbstractContextManager[str]:
+    """The server of this name, and its address; SystemExit when it is not installed."""
+    if name == "moto":
+        return servers.moto_apart()
+    if servers.weed() is None:
+        raise SystemExit(servers.WHY_NOT)
+    return servers.seaweedfs()
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    if args.server == "seaweedfs" and servers.weed() is None:
-        parser().error(servers.WHY_NOT)
-    start = servers.seaweedfs if args.server == "seaweedfs" else servers.moto_apart
-    with start() as address, _environment(address), tempfile.TemporaryDirectory() as folder:
+    with server(args.server) as address, environment(address), tempfile.TemporaryDirectory() as folder:
         bucket = fill(address, args.adapters)
         sides = {"loramill sync": mirror_command}
         if args.aws:
@@ -194,12 +204,16 @@ def _hear(event: str, args: tuple[object, ...]) -> None:
 
 
 def heading(args: argparse.Namespace) -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = machine.processor(cpuinfo.read_text() if cpuinfo.is_file() else "") or "unknown processor"
     return (
         f"{args.adapters} adapters of 3 objects, {args.server} in a process of its own, "
-        f"median of {args.rounds}; {processor}, {os.cpu_count()} cores"
+        f"median of {args.rounds}; {processor()}"
     )
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    name = machine.processor(cpuinfo.read_text() if cpuinfo.is_file() else "") or "unknown processor"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def table(runs: dict[str, dict[str, list[Run]]]) -> str:
@@ -233,7 +247,7 @@ def _median(runs: list[Run]) -> Run:
     return sorted(runs)[len(runs) // 2]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -241,7 +255,7 @@ def _positive(text: str) -> int:
 
 
 @contextmanager
-def _environment(address: str) -> Iterator[None]:
+def environment(address: str) -> Iterator[None]:
     """What tells both sides where the server is."""
     told = {
         "AWS_ENDPOINT_URL_S3": address,

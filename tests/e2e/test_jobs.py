@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 from tests import tiny
 from tests.e2e.conftest import PREFIX, Mill, Process, Queue, wait_until
@@ -80,13 +82,75 @@ def test_mixed_job_says_what_peft_says(mill, queue, worker, base, adapter_paths,
     done = mill.run("results", "mixed", "--to", str(saved))
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "1 of 13 rows failed" in done.stderr
-    assert [json.loads(line) for line in gzip.open(saved)] == [*results, nobody]
+    with gzip.open(saved) as file:
+        assert [json.loads(line) for line in file] == [*results, nobody]
 
     manifest = mill.manifest("mixed")
     assert manifest["status"] == "completed_with_errors"
     assert manifest["request_counts"] == {"total": 13, "completed": 12, "failed": 1}
     assert manifest["adapters"] == versions
     wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
+
+
+def test_requests_of_an_openai_batch_file_are_answered_as_openai_would(
+    mill, queue, worker, base, adapter_paths, versions
+):
+    names = {"tiny": None, **adapter_paths}
+    body = {"prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0}
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": name, **body}}
+        for name in names
+    ]
+    chat = {
+        "model": "red",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 3,
+        "logprobs": True,
+    }
+    lines.append({"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat})
+    lines.append({"custom_id": "bad", "method": "POST", "url": "/v1/embeddings", "body": {}})
+    queue.send(id="openai", inputs=lines, output={"uri": PREFIX, "format": "openai"})
+    manifest = wait_until(lambda: mill.manifest("openai"), "the manifest")
+    assert manifest["adapters"] == versions
+    assert manifest["request_counts"] == {"total": 6, "completed": 5, "failed": 1}
+    *completions, answer, bad = mill.results("openai")
+    for (name, folder), line in zip(names.items(), completions, strict=True):
+        found = line["response"]["body"]
+        ((_, text),) = expected(base, folder, PROMPTS[:1])
+        assert (found["model"], found["system_fingerprint"]) == (name, versions.get(name))
+        assert found["choices"][0]["text"] == text
+    assert answer["response"]["body"]["object"] == "chat.completion"
+    assert len(answer["response"]["body"]["choices"][0]["logprobs"]["content"]) == 3
+    assert (bad["custom_id"], bad["response"], bad["error"]["code"]) == ("bad", None, "invalid_line")
+
+
+def test_scores_are_those_of_the_plain_model(mill, queue, worker, base, adapter_paths):
+    """Of the tokens that PEFT itself says, which are thereby greedy."""
+    tokenizer = tiny.tokenizer()
+    rows, wanted = [], []
+    for folder in (None, *adapter_paths.values()):
+        ((tokens, _),) = expected(base, folder, PROMPTS[:1])
+        prompt = tokenizer.encode(PROMPTS[0])
+        rows.append({"input": prompt, "target": tokens, "adapter": folder and folder.name})
+        wanted.append(log_probs_of(base, folder, prompt, tokens))
+    queue.send(id="scores", inputs=[*rows, "a text by itself"], task="score")
+    wait_until(lambda: mill.manifest("scores"), "the manifest")
+    *scored, whole = mill.results("scores")
+    for line, log_probs in zip(scored, wanted, strict=True):
+        assert line["token_logprobs"] == pytest.approx(log_probs, abs=1e-4)
+        assert line["logprob"] == pytest.approx(sum(log_probs), abs=1e-3)
+        assert line["is_greedy"]
+    assert len(whole["token_logprobs"]) == len("a text by itself") - 1
+
+
+def log_probs_of(base: Path, adapter: Path | None, prompt: list[int], target: list[int]) -> list[float]:
+    """Log-softmax of transformers' own logits, under PEFT if there is an adapter."""
+    model: Any = tiny.load_base(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(target).unsqueeze(1)).squeeze(1).tolist()
 
 
 def test_adapter_that_comes_or_changes_while_the_worker_runs_is_used(mill, queue, worker, base, tmp_path):

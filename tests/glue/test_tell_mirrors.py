@@ -44,6 +44,11 @@ def test_nothing_is_told_where_no_adapters_are_served_or_nothing_can_be_written(
     assert not list((tmp_path / "model").iterdir())
 
 
+def test_the_place_of_a_mirror_of_our_own_is_made_before_its_first_pass(told, tmp_path):
+    assert told(sync="true", adapters_uri="s3://bucket/m/adapters/").modules == {"q": (4, 8)}
+    assert [path.name for path in (tmp_path / "model").iterdir()] == [".base_model.json"]
+
+
 def test_a_failure_to_tell_is_a_warning(told, tmp_path, monkeypatch, caplog):
     (tmp_path / "model").mkdir()
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from adapters_sync.cli import app
 from tests.sync import servers
 from tests.sync.builders import Bucket, World
+from tests.sync.event_sender import EventSender
 from tests.sync.memory_s3 import MemoryBucket
 
 _numbers = itertools.count()
@@ -61,25 +62,41 @@ def s3_client() -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK has the servers' credentials, and no settings of this machine's."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", servers.REGION)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
 def make_bucket(
-    request: pytest.FixtureRequest, s3_client: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    s3_client: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    aws: None,
 ) -> Callable[[str], Bucket]:
     """Makes a bucket on a server of this name, which the SDK then talks to until the end of the test."""
 
     def make(server: str) -> Bucket:
         address = request.getfixturevalue(f"{server}_address")
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", servers.REGION)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
         bucket = Bucket(s3_client(address), f"mirror-{next(_numbers)}")
         bucket.client.create_bucket(Bucket=bucket.name)
         return bucket
 
     return make
+
+
+@pytest.fixture
+def event_queue(moto_address: str, monkeypatch: pytest.MonkeyPatch, aws: None) -> Iterator[EventSender]:
+    """An SQS queue on the moto server, and the ways by which S3 events get there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", moto_address)
+    with ExitStack() as stack:
+        yield EventSender(moto_address, f"events-{next(_numbers)}", stack)
 
 
 @pytest.fixture(params=SERVERS)

@@ -27,10 +27,10 @@ _PORTS = (
 _START_SECONDS = 60
 
 
-def client(address: str, config: Config | None = None) -> Any:
+def client(address: str, config: Config | None = None, service: str = "s3") -> Any:
     """A boto3 client for the server at `address`."""
     return boto3.client(
-        "s3",
+        service,
         endpoint_url=address,
         region_name=REGION,
         aws_access_key_id=KEY,

@@ -1,5 +1,6 @@
 """`sync` and `push` as people run them."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from adapters_sync import logs
 from adapters_sync.cli import app, build_app
+from adapters_sync.event_queue import MAX_POLL_SECONDS
 from adapters_sync.layout import resolve, scan
-from tests.sync.builders import adapter_files, weights, write_folder
+from tests.sync.builders import World, adapter_files, weights, write_folder
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from adapters_sync.cli import app; app()"
 
@@ -123,40 +125,97 @@ def test_push_of_a_bad_adapter_is_one_line_and_exit_code_1(cli, tmp_path):
         )
 
 
+@contextlib.contextmanager
+def service(world, log, *arguments):
+    """`loramill sync` as a process, ready; it and its port. It is killed at the end, if it lives still."""
+    where = [
+        "--adapters-uri",
+        world.bucket.uri,
+        "--adapters-dir",
+        str(world.adapters_dir),
+        "--http-port",
+        "0",
+    ]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WITHOUT_TORCH, "sync", *where, *arguments], stderr=stderr
+        )
+    try:
+        port = wait_for(lambda: next((one["port"] for one in said(log) if "port" in one), None), process)
+        wait_for(lambda: ask(port, "/ready") == 200, process)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def said(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def metrics(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return answer.read().decode()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_service_serves_its_state_and_ends_cleanly_without_torch(s3_world, tmp_path, number):
     s3_world.bucket.put_adapter("a")
     log = tmp_path / "log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                WITHOUT_TORCH,
-                "sync",
-                "--adapters-uri",
-                s3_world.bucket.uri,
-                "--adapters-dir",
-                str(s3_world.adapters_dir),
-                "--http-port",
-                "0",
-            ],
-            stderr=stderr,
-        )
-    try:
-        lines = wait_for(lambda: [json.loads(line) for line in log.read_text().splitlines()], process)
-        port = next(line["port"] for line in lines if line["message"] == "mirroring")
-        wait_for(lambda: ask(port, "/ready") == 200, process)
+    with service(s3_world, log) as (process, port):
         assert ask(port, "/live") == 200
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            assert b'loramill_sync_adapters{state="ready"} 1.0' in answer.read()
+        assert 'loramill_sync_adapters{state="ready"} 1.0' in metrics(port)
         assert resolve(s3_world.adapters_dir, "a") is not None
         process.send_signal(number)
         assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert json.loads(log.read_text().splitlines()[-1])["message"] == "stopped"
+    assert said(log)[-1]["message"] == "stopped"
+
+
+def test_the_service_serves_an_upload_that_it_hears_of_and_ends_in_the_middle_of_a_poll(
+    make_bucket, event_queue, tmp_path
+):
+    world, log = World(make_bucket("moto"), tmp_path), tmp_path / "log"
+    event_queue.hear_of(world.bucket)
+    event_queue.send("garbage")
+    told = ["--adapters-events-queue-url", event_queue.url, "--sync-interval-seconds", "3600"]
+    with service(world, log, *told) as (process, port):
+        world.bucket.put_adapter("a")
+        wait_for(lambda: resolve(world.adapters_dir, "a"), process)
+        wait_for(lambda: 'loramill_sync_events_total{outcome="unreadable"} 1.0' in metrics(port), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(MAX_POLL_SECONDS / 2) == 0
+    messages = [line["message"] for line in said(log)]
+    assert "listening for S3 events" in messages
+    assert messages[-1] == "stopped"
+
+
+@pytest.mark.parametrize("url", ["jobs", "s3://bucket/queue", "https://sqs.eu-central-1.amazonaws.com"])
+def test_a_queue_of_events_that_is_none_is_misuse(cli, url):
+    result = cli("sync", "--adapters-uri", "s3://bucket/m/adapters/", "--adapters-events-queue-url", url)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"loramill: adapters_events_queue_url: '{url}' (from --adapters-events-queue-url) must be "
+        "the http(s) URL of a queue\n"
+    )
+
+
+def test_the_jobs_of_a_worker_are_not_taken_for_events(cli, monkeypatch):
+    url = "https://sqs.eu-central-1.amazonaws.com/123456789012/jobs"
+    monkeypatch.setenv("LORAMILL_QUEUE_URL", url)
+    monkeypatch.setenv("LORAMILL_ADAPTERS_EVENTS_QUEUE_URL", url)
+    app = build_app(known={"LORAMILL_QUEUE_URL"})
+    result = cli("sync", "--adapters-uri", "s3://bucket/m/adapters/", app=app)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"loramill: adapters_events_queue_url: '{url}' must not be ")
+
+
+def test_a_single_sync_needs_no_queue_of_events(make_bucket, tmp_path, cli, monkeypatch):
+    world = World(make_bucket("moto"), tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "nonsense")
+    told = "--adapters-uri", world.bucket.uri, "--adapters-dir", world.adapters_dir
+    told += "--adapters-events-queue-url", "https://host/1/events"
+    assert cli("sync", "--once", *told).exit_code == 0
+    assert cli("sync", *told).exit_code == 2
 
 
 def ask(port, path):

@@ -31,7 +31,7 @@ def test_a_manifest_that_matches_completes_at_the_first_look():
 def test_a_manifest_that_differs_leaves_it_to_quiet(declared, reason):
     verdict = judge(remote_adapter(), declared, RESTLESS, SETTLE)
     assert isinstance(verdict, Incomplete)
-    assert verdict.settling
+    assert verdict.seconds_left == SETTLE - RESTLESS.seconds
     assert reason in verdict.reason
     assert judge(remote_adapter(), declared, QUIET, SETTLE) == Complete()
 
@@ -45,7 +45,7 @@ def test_an_upload_that_has_begun_and_not_ended_is_never_taken_for_a_quiet_one()
     success = remote_file("_SUCCESS", 0, modified=1e9)
     verdict = judge(remote_adapter(success=success), manifest(finished=False), Quiet(1e9, 1000), SETTLE)
     assert isinstance(verdict, Incomplete)
-    assert not verdict.settling
+    assert verdict.seconds_left is None
 
 
 @pytest.mark.parametrize(("modified", "complete"), [(101, True), (100, False), (99, False)])
@@ -66,7 +66,7 @@ def test_success_counts_when_it_is_newer_than_every_file(modified, complete):
 def test_a_plain_upload_settles_for_its_time_over_two_polls(quiet, complete):
     verdict = judge(remote_adapter(), None, quiet, SETTLE)
     assert isinstance(verdict, Complete) is complete
-    assert complete or verdict.settling
+    assert complete or verdict.seconds_left == max(0, SETTLE - quiet.seconds)
 
 
 def test_without_a_settle_time_it_still_takes_two_polls():

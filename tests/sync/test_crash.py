@@ -5,6 +5,7 @@ ends where an undisturbed one would have.
 import gc
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -30,16 +31,18 @@ class Guillotine:
 
     def __init__(self, monkeypatch, step):
         self.left = step
+        self.lock = threading.Lock()
         self.fell_on = None
         for name in STEPS:
             monkeypatch.setattr(os, name, self.guard(name, getattr(os, name)))
 
     def guard(self, name, real):
         def guarded(*args, **kwargs):
-            if self.left == 0:
-                self.fell_on = self.fell_on or name
-                self.fall(name)
-            self.left -= 1
+            with self.lock:  # adapters are published side by side, each in a thread
+                if self.left == 0:
+                    self.fell_on = self.fell_on or name
+                    self.fall(name)
+                self.left -= 1
             return real(*args, **kwargs)
 
         return guarded

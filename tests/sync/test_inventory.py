@@ -63,6 +63,14 @@ def test_the_version_is_a_digest_that_ignores_order_and_time():
     assert is_version(take()["good"].version)
 
 
+def test_an_adapter_that_is_as_it_was_is_the_same_object_and_any_other_is_not():
+    before = take(f"other/{CONFIG}")
+    again = take_inventory([*GOOD, remote_file(f"other/{CONFIG}", size=11)], Limits(), before)
+    assert again["good"] is before["good"]
+    assert again["other"] is not before["other"]
+    assert again == take_inventory([*GOOD, remote_file(f"other/{CONFIG}", size=11)], Limits())
+
+
 def test_names_that_differ_in_case_within_one_adapter_are_refused():
     assert "only in case" in take("good/README.md", "good/readme.md")["good"].fault
 

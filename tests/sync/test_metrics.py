@@ -1,6 +1,7 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
+from adapters_sync.events import EventOutcome
 from adapters_sync.metrics import SyncMetrics
 from adapters_sync.report import FailureKind, PassReport
 from adapters_sync.state import AdapterState, AdapterStatus
@@ -58,6 +59,17 @@ def test_a_failed_pass_keeps_what_is_known(registry):
     assert value("loramill_sync_failures_total", {"kind": "list"}) == 1
 
 
+def test_events_are_counted_by_outcome(registry):
+    metrics = SyncMetrics(registry)
+    for outcome in (EventOutcome.HINT, EventOutcome.HINT, EventOutcome.UNREADABLE):
+        metrics.count_event(outcome)
+    counts = [
+        registry.get_sample_value("loramill_sync_events_total", {"outcome": outcome})
+        for outcome in EventOutcome
+    ]
+    assert counts == [2, 0, 1]
+
+
 def test_the_labels_are_bounded_and_all_there_from_the_start(registry):
     SyncMetrics(registry)
     samples = [sample for metric in registry.collect() for sample in metric.samples]
@@ -66,5 +78,6 @@ def test_the_labels_are_bounded_and_all_there_from_the_start(registry):
         {("state", state.value) for state in AdapterState}
         | {("kind", kind.value) for kind in FailureKind}
         | {("outcome", "ok"), ("outcome", "failed")}
+        | {("outcome", outcome.value) for outcome in EventOutcome}
         | {("change", change) for change in ("published", "deleted", "collected")}
     )

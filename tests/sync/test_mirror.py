@@ -1,6 +1,11 @@
 """The mirror: what readers get of what uploaders put."""
 
+import os
+
+import pytest
+
 from adapters_sync import disk
+from adapters_sync.fetch import HELD_BYTES
 from adapters_sync.layout import AdapterState, check_folder, resolve
 from tests.sync.builders import CONFIG, WEIGHTS, adapter_files, config, manifest_of, state_of, weights
 
@@ -29,8 +34,17 @@ def test_a_pushed_adapter_is_published_whole_at_the_first_pass(any_world):
     assert status.bytes == sum(map(len, adapter_files(r=8).values()))
 
 
+@pytest.mark.parametrize("size", [0, 1, HELD_BYTES, HELD_BYTES + 1, (1 << 20) + 1, 5 << 20])
+def test_a_file_of_any_size_arrives_as_it_was_sent(any_world, size):
+    files = adapter_files() | {"notes/readme.md": os.urandom(size)}
+    any_world.bucket.put_adapter("a", files)
+    assert any_world.sync().published
+    found = resolve(any_world.adapters_dir, "a")
+    assert {name: (found.path / name).read_bytes() for name in files} == files
+
+
 def test_a_published_version_is_read_only(world):
-    world.bucket.put_adapter("a")
+    world.bucket.put_adapter("a", adapter_files() | {"notes.txt": bytes(HELD_BYTES + 1)})
     world.sync()
     for path in resolve(world.adapters_dir, "a").path.iterdir():
         assert path.stat().st_mode & 0o222 == 0

@@ -117,14 +117,14 @@ def test_an_object_that_changes_between_listing_and_reading_is_left_for_the_next
 def test_a_full_disk_leaves_the_adapter_pending_and_the_others_served(world, monkeypatch):
     world.bucket.put_adapter("a", fill=1)
     world.bucket.put_adapter("b", fill=2)
-    real = fetch._Sink.write
+    real = fetch._Arrival.write
 
-    def full(self, chunk):
+    def full(self):
         if self._path.parent.name == "a":
             raise OSError(28, "No space left on device")
-        real(self, chunk)
+        real(self)
 
-    monkeypatch.setattr(fetch._Sink, "write", full)
+    monkeypatch.setattr(fetch._Arrival, "write", full)
     report = world.sync()
     assert report.failures == {FailureKind.DISK: 1}
     assert [one.name for one in scan(world.adapters_dir)] == ["b"]
