@@ -17,10 +17,14 @@ from adapters_sync.settings import describe
 from worker import wire
 from worker.cli import app
 from worker.errors import SettingsError
-from worker.jobs import Delivery, SamplingParams
+from worker.jobs import Delivery, SamplingParams, Task
 from worker.metrics import Metrics
 from worker.settings import Settings, read_settings
+from worker.wire.draft import Given
+from worker.wire.lines import read_line
+from worker.wire.openai_rows import CHAT_NAMES, COMPLETION_NAMES
 from worker.wire.parameters import NAMES as PARAMETERS
+from worker.wire.results import ScoreLine
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -92,6 +96,40 @@ def test_the_line_has_the_fields_of_a_result_line() -> None:
     from worker.wire.results import ResultLine
 
     assert list(line) == [name for name in ResultLine.__struct_fields__ if name != "details"]
+
+
+def test_the_job_of_scores_is_one_that_the_worker_takes_and_its_line_has_the_fields_of_one() -> None:
+    delivery = Delivery(message_id="m", body=blocks("json")[2], receipt="r")
+    job = wire.decode(delivery, output_prefixes=["s3://bucket/results/"], max_rows=10, now=0.0)
+    assert [(row.task, row.target, row.failure) for row in job.rows] == [
+        (Task.SCORE, " honey", None),
+        (Task.SCORE, " rope", None),
+        (Task.SCORE, None, None),
+    ]
+    line = json.loads(blocks("json")[3])
+    assert wire.tally(json.dumps(line).encode()).completed == 1
+    assert list(line) == [name for name in ScoreLine.__struct_fields__ if name != "details"]
+
+
+@pytest.mark.parametrize(("block", "shape"), [(4, "chat"), (5, "llama")])
+def test_lines_of_other_formats_are_read(block: int, shape: str) -> None:
+    row = read_line(blocks("json")[block].strip().encode(), 0, Given(base_models=frozenset()))
+    assert (row.failure, row.adapter, row.params.max_new_tokens) == (None, "pirate", 40)
+    assert row.origin is not None
+    assert row.origin.shape == shape
+
+
+def test_parameters_of_openai_are_named() -> None:
+    text = README.read_text()
+    names = (CHAT_NAMES | COMPLETION_NAMES) - {
+        "model",
+        "messages",
+        "prompt",
+        "best_of",
+        "suffix",
+        "stream_options",
+    }
+    assert not [name for name in names if f"`{name}`" not in text]
 
 
 def test_parameters_table_names_every_parameter_and_default() -> None:

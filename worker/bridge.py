@@ -130,6 +130,11 @@ class Bridge:
             self._room.release(key)
 
     @property
+    def max_model_len(self) -> int:
+        """Most tokens of a row, prompt and answer together."""
+        return self._engine.max_model_len
+
+    @property
     def num_waiting_for_room(self) -> int:
         """Rows that wait until their adapter has room in host memory."""
         return self._room.num_waiting

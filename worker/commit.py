@@ -14,7 +14,7 @@ from worker.errors import JobIdReused, ObjectExists, ObjectNotFound
 from worker.jobs import Delivery, Failure, Job, Output
 from worker.transport.store import Store, StoredObject
 from worker.wire.manifest import Manifest, OutputFile, failed, summarize
-from worker.wire.results import Tally, tally
+from worker.wire.results import Tally
 
 _DIGEST = "job-digest"
 _JSONL, _JSON = "application/jsonl", "application/json"
@@ -40,6 +40,10 @@ class Committer:
         self._provenance = provenance
         self._clock = clock
 
+    @property
+    def base_model(self) -> str:
+        return self._provenance.base_model
+
     async def is_committed(self, job: Job) -> bool:
         """Whether this very job has its final manifest. Raises JobIdReused if another job has it."""
         manifest = await self._manifest(job.output, job.id)
@@ -55,7 +59,7 @@ class Committer:
             return None
         if stored.metadata.get(_DIGEST) != job.digest:
             raise _reused(job)
-        return _part(body, stored)
+        return _part(job, body, stored)
 
     async def commit_part(self, job: Job, body: bytes) -> Part:
         """Store the results; where somebody stored them first, theirs count and are returned."""
@@ -68,13 +72,16 @@ class Committer:
             if part is None:
                 raise
             return part
-        return _part(body, stored)
+        return _part(job, body, stored)
 
     async def commit(self, job: Job, part: Part, started_at: float) -> Manifest | None:
         """Write the manifest of a job whose results are committed; None if it was there already.
 
+        Where Bedrock's own is wanted too, it goes first: it follows from the results, whoever writes it.
         Raises JobIdReused as above.
         """
+        if job.output.format == "bedrock":
+            await self._store.put(wire.summary_uri(job), wire.encode_summary(part[1]), _JSON)
         manifest = summarize(
             job,
             [part],
@@ -138,8 +145,8 @@ def _is_final(manifest: Manifest) -> bool:
     return manifest.error is None or not manifest.error.retryable
 
 
-def _part(body: bytes, stored: StoredObject) -> Part:
-    counted = tally(body)
+def _part(job: Job, body: bytes, stored: StoredObject) -> Part:
+    counted = wire.tally(body, job.output.format)
     return OutputFile(stored.uri, stored.etag, counted.sha256, counted.rows), counted
 
 

@@ -57,6 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_n_tokens: int = 0
     """The likeliest tokens in the place of each generated one, up to MAX_TOP_N_TOKENS."""
     prompt_log_probs: bool = False
+    """Log-probabilities of the prompt's tokens but the first."""
     return_full_text: bool = False
 
 
@@ -80,8 +81,27 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
+class Task(enum.StrEnum):
+    GENERATE = "generate"
+    SCORE = "score"
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a line in the shape of a row of another format needs from that row."""
+
+    format: str
+    """`openai` or `bedrock`."""
+    shape: str | None = None
+    """Which of the format's answers is expected: see `wire.openai_rows`, `wire.bedrock_rows`. None if the row
+    failed before that was known."""
+    model: str | None = None
+    """OpenAI's `body.model`, as it was written."""
+    body: bytes = b""
+    """Bedrock's `modelInput`, as JSON."""
+
+
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One input of a job. Exactly one of `text`, `messages` and `failure` is set.
+    """One input of a job. Exactly one of `text`, `tokens`, `messages` and `failure` is set.
 
     A row that could not be read carries its `failure` to the result line it becomes.
     """
@@ -89,10 +109,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     id: str
     text: str | None = None
+    tokens: tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
+    task: Task = Task.GENERATE
+    target: str | tuple[int, ...] | None = None
+    """What is scored after the input, of its kind; None, where `task` says score, is the input itself."""
     adapter: str | None = None
     """None is the base model."""
     params: SamplingParams = SamplingParams()
+    fills: bool = False
+    """Generate as long as `max_model_len` allows, whatever `params.max_new_tokens` says."""
+    origin: Origin | None = None
+    """None is a native row."""
     failure: Failure | None = None
 
 
@@ -132,6 +160,18 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids; at least one."""
     adapter: AdapterKey | None = None
     params: SamplingParams = SamplingParams()
+    targets: tuple[int, ...] = ()
+    """Tokens whose log-probability is all that is wanted: the i-th of n after all of `prompt` but the last
+    n - 1 - i tokens. Then `max_new_tokens` is 0, and `prompt` has as many tokens or more."""
+
+
+class Score(msgspec.Struct, frozen=True):
+    """How likely a model finds tokens that it was given."""
+
+    log_probs: tuple[float, ...]
+    """Natural logarithms under the model's own distribution, one for each token given all before it."""
+    is_greedy: bool
+    """Whether each of them is the likeliest in its place."""
 
 
 class TokenDetail(msgspec.Struct, frozen=True):
@@ -156,6 +196,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """For each of `token_ids` the `top_n_tokens` likeliest in its place, best first, and their logarithms."""
     prompt_log_probs: tuple[float | None, ...] | None = None
     """One for each token of the prompt, given those before it: None for the first; None unless asked for."""
+    score: Score | None = None
+    """Of the request's `targets`; None if it had none, or failed."""
     failure: Failure | None = None
 
 
@@ -169,9 +211,11 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     tokens: tuple[TokenDetail, ...] | None = None
-    """Set when the row asked for `details`."""
+    """Generated ones, or those that were scored, when the row asked for `details`."""
     top_tokens: tuple[tuple[TokenDetail, ...], ...] | None = None
     """Alternatives in the place of each of `tokens`, when the row asked for `top_n_tokens`."""
     prefill: tuple[TokenDetail, ...] | None = None
     """The tokens of the prompt, when the row asked for `prompt_log_probs`."""
+    score: Score | None = None
+    """Set when the row's task was that, and it did not fail."""
     failure: Failure | None = None

@@ -7,16 +7,27 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from adapters_sync.layout import AdapterFolder
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
+from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import EngineFailed, Expired, RowError
-from worker.jobs import AdapterKey, Completion, InferenceRequest, Job, Row, RowResult, TokenDetail
+from worker.jobs import (
+    AdapterKey,
+    Completion,
+    InferenceRequest,
+    Job,
+    Row,
+    RowResult,
+    SamplingParams,
+    Task,
+    TokenDetail,
+)
 from worker.wire.checks import failure_of
 
 
@@ -29,6 +40,21 @@ class Hold:
         self.job = job
         self.left = len(job.rows)
         self.began = time.monotonic()
+
+
+class _Encoded(NamedTuple):
+    """What a row gives the model."""
+
+    text: str
+    """The prompt; empty where nobody asks for it."""
+    tokens: tuple[int, ...]
+    """Of the prompt, and of a target."""
+    num_targets: int = 0
+    """How many of them, from the last backwards, are scored."""
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return self.tokens[len(self.tokens) - self.num_targets :]
 
 
 class RowRunner:
@@ -97,22 +123,23 @@ class RowRunner:
                 )
             async with self._using(hold, row.adapter) as adapter:
                 version = None if adapter is None else adapter.version
-                text, prompt = await asyncio.to_thread(self._encode, row)
+                encoded = await asyncio.to_thread(self._encode, row)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-                completion = await self._bridge.submit(self._request(job, row, prompt, key), adapter)
+                completion = await self._bridge.submit(self._request(job, row, encoded, key), adapter)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         details = {}
         if row.params.details and completion.failure is None:  # of a row that failed there may be a part
             # Every token is decoded by itself, which takes a moment for a long prompt.
-            details = await asyncio.to_thread(self._details, prompt, completion)
+            details = await asyncio.to_thread(self._details, encoded, completion)
         return RowResult(
             row=row,
             adapter_version=version,
-            text=text + completion.text if row.params.return_full_text else completion.text,
+            text=encoded.text + completion.text if row.params.return_full_text else completion.text,
             finish_reason=completion.finish_reason,
-            prompt_tokens=completion.prompt_tokens,
+            prompt_tokens=len(encoded.tokens),
             completion_tokens=len(completion.token_ids),
+            score=completion.score,
             failure=completion.failure,
             **details,
         )
@@ -126,26 +153,37 @@ class RowRunner:
         async with self._adapters.use(name, time.monotonic() - hold.began) as folder:
             yield folder
 
-    def _encode(self, row: Row) -> tuple[str, tuple[int, ...]]:
-        """The prompt as text and as tokens."""
+    def _encode(self, row: Row) -> "_Encoded":
+        if row.task is Task.SCORE:
+            return _Encoded("", *read_pair(self._tokenizer, row))
         if row.messages is not None:
             text = self._tokenizer.render_chat(row.messages)
-            return text, self._tokenizer.encode_chat(text)
+            return _Encoded(text, self._tokenizer.encode_chat(text))
+        if row.tokens is not None:
+            text = self._tokenizer.decode(row.tokens) if row.params.return_full_text else ""
+            return _Encoded(text, row.tokens)
         assert row.text is not None
-        return row.text, self._tokenizer.encode(row.text)
+        return _Encoded(row.text, self._tokenizer.encode(row.text))
 
-    def _request(
-        self, job: Job, row: Row, prompt: tuple[int, ...], key: AdapterKey | None
-    ) -> InferenceRequest:
-        params = row.params
+    def _request(self, job: Job, row: Row, encoded: "_Encoded", key: AdapterKey | None) -> InferenceRequest:
+        # Two deliveries of one message may be at work here, so the job's id would not be unique.
+        name, params = str(next(self._numbers)), row.params
+        if encoded.targets:
+            # Nothing comes after the last token, so the model need not see it.
+            prompt, params = encoded.tokens[:-1], SamplingParams(max_new_tokens=0)
+            return InferenceRequest(
+                id=name, prompt=prompt, adapter=key, params=params, targets=encoded.targets
+            )
+        if row.fills:
+            left = self._bridge.max_model_len - len(encoded.tokens)
+            params = msgspec.structs.replace(params, max_new_tokens=max(1, left))
         if params.do_sample and params.seed is None:
             # Of the job and the row alone, so that a second attempt at the job says the same.
             seed = hashlib.sha256(f"{job.id}/{row.index}".encode()).digest()[:8]
             params = msgspec.structs.replace(params, seed=int.from_bytes(seed, "big"))
-        # Two deliveries of one message may be at work here, so the job's id would not be unique.
-        return InferenceRequest(id=str(next(self._numbers)), prompt=prompt, adapter=key, params=params)
+        return InferenceRequest(id=name, prompt=encoded.tokens, adapter=key, params=params)
 
-    def _details(self, prompt: tuple[int, ...], completion: Completion) -> dict[str, Any]:
+    def _details(self, encoded: "_Encoded", completion: Completion) -> dict[str, Any]:
         """The tokens that the row asked for, by field of RowResult."""
         spell = functools.cache(self._tokenizer.decode_one)
 
@@ -153,12 +191,14 @@ class RowRunner:
             return tuple(TokenDetail(token, spell(token), log_prob) for token, log_prob in found)
 
         details: dict[str, Any] = {}
+        if completion.score is not None:
+            details["tokens"] = spelled(zip(encoded.targets, completion.score.log_probs, strict=True))
         if completion.log_probs is not None:
             details["tokens"] = spelled(zip(completion.token_ids, completion.log_probs, strict=True))
         if completion.top_tokens is not None:
             details["top_tokens"] = tuple(spelled(likely) for likely in completion.top_tokens)
         if completion.prompt_log_probs is not None:
-            details["prefill"] = spelled(zip(prompt, completion.prompt_log_probs, strict=True))
+            details["prefill"] = spelled(zip(encoded.tokens, completion.prompt_log_probs, strict=True))
         return details
 
 

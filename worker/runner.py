@@ -105,6 +105,7 @@ class Runner:
             output_prefixes=self._limits.output_prefixes,
             max_rows=self._limits.max_rows_per_job,
             now=self._clock(),
+            base_models=names_of(self._committer.base_model),
         )
 
     async def _run(self, hold: Hold, delivery: Delivery) -> str:
@@ -121,7 +122,9 @@ class Runner:
         started_at = self._clock()
         part = await self._committer.part(job)
         if part is None:
-            part = await self._committer.commit_part(job, wire.encode_rows(await self._rows.run(hold)))
+            results = await self._rows.run(hold)
+            body = wire.encode_rows(job, results, base_model=self._committer.base_model)
+            part = await self._committer.commit_part(job, body)
         manifest = await self._committer.commit(job, part, started_at)
         if manifest is None:
             return "duplicate"
@@ -176,6 +179,11 @@ def backoff_seconds(receive_count: int) -> int:
     """How long a message stays hidden after its `receive_count`-th attempt met trouble."""
     base = min(_MAX_BACKOFF_SECONDS, 5 * 2 ** min(receive_count, 16))
     return int(base * random.uniform(0.75, 1.0))  # noqa: S311 (jitter)
+
+
+def names_of(base_model: str) -> frozenset[str]:
+    """What requests may call the base model: as the setting says it, or by the last part of that."""
+    return frozenset({base_model, base_model.rstrip("/").rpartition("/")[2]})
 
 
 async def _unless_lost(lease: Lease, work: Coroutine[Any, Any, str]) -> str:

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from tests import tiny
 from tests.engine.harness import Harness
+from tests.engine.test_score import expected, rows_of, to_score
 from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
@@ -114,3 +115,21 @@ def test_adapters_take_turns_in_few_slots(llama, adapters):
 def test_cache_fits_the_device(llama):
     harness = Harness(llama, device="cuda", max_num_seqs=4)
     assert harness.runner.cache_bytes <= torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize("shape", [CacheShape(60, 16), CacheShape(25, 8)])
+def test_scores_are_log_softmax_of_the_plain_model_on_the_cpu(shape, llama, adapters):
+    folders = [None, *adapters[:2]]
+    harness = Harness(llama, device="cuda", max_num_seqs=6, max_num_batched_tokens=48, cache_shape=shape)
+    keys = [folder and harness.adapter(folder) for folder in folders]
+    rows = {
+        f"{index}/{row}/{count}": (index, tokens, count)
+        for index in range(3)
+        for row, (tokens, count) in enumerate(rows_of([2, 17, 80]))
+    }
+    scored = [to_score(name, tokens, count, keys[index]) for name, (index, tokens, count) in rows.items()]
+    done = harness.run([*scored, *requests(keys, prompts())])
+    for name, (index, tokens, count) in rows.items():
+        log_probs, is_greedy = expected(llama, folders[index], tokens, count)
+        assert done[name].score.log_probs == pytest.approx(log_probs, abs=1e-3)
+        assert done[name].score.is_greedy is is_greedy

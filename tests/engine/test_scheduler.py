@@ -332,7 +332,7 @@ def test_prompt_is_scored_once_and_fast_again_after_a_preemption():
         scored = batch.rows[0].scored
         compute(scheduler, batch)
         positions += scored
-        row.prompt_log_probs += scored
+        row.scores += scored
         if row.computed == 32 and not scheduler.num_preempted:
             scheduler.preempt(row)
         elif scheduler.num_preempted and start == 0:
@@ -375,3 +375,65 @@ def test_nothing_is_preempted_while_rows_are_no_longer_than_they_may_be():
     scheduler = scheduler_of(blocks=15, rows=rows)
     starts(scheduler)
     assert scheduler.num_preempted == 0
+
+
+def score(scheduler, batch):
+    """Compute a step, with the position for a score."""
+    for row in batch.rows:
+        row.sequence.scores += row.scored
+    return compute(scheduler, batch)
+
+
+def test_row_to_be_scored_ends_with_its_prompt_and_keeps_the_logits_of_its_targets_alone():
+    row, other = sequence("row", 50, targets=5), sequence("other", 3, max_new_tokens=9)
+    scheduler = scheduler_of(tokens=40, rows=[row, other])
+    seen = []
+    while row.status is not Status.FINISHED:
+        batch = scheduler.schedule()
+        seen += [(own.num_tokens, own.keep, own.samples) for own in batch.rows if own.sequence is row]
+        score(scheduler, batch)
+    assert sum(tokens for tokens, _, _ in seen) == 50
+    assert [keep for _, keep, _ in seen] == [0] * (len(seen) - 1) + [5]
+    assert not any(samples for _, _, samples in seen)
+    assert row.finish_reason is FinishReason.LENGTH
+    assert row.generated == []
+    assert row.scores == [45, 46, 47, 48, 49]
+    assert other.status is Status.RUNNING
+    assert scheduler.lengths.ratio == 1.0, "it says nothing of how long answers are"
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("targets", [1, 9, len(HEAD)])
+def test_row_to_be_scored_reuses_nothing_that_has_to_be_scored(own, targets):
+    first, second = sequence("a", HEAD, max_new_tokens=1), sequence("b", HEAD, targets=targets)
+    scheduler = scheduler_of(own=own, tokens=512, rows=[first])
+    score(scheduler, scheduler.schedule())
+    scheduler.add(second)
+    ((_, start, num_tokens, _),) = scheduler.schedule().rows
+    granule = scheduler.kv_cache.granule
+    assert start == (len(HEAD) - targets) // granule * granule
+    assert num_tokens == len(HEAD) - start
+
+
+def test_rows_to_be_scored_wait_for_the_first_of_them_to_compute_what_they_share():
+    rows = [sequence(name, [*HEAD, *tail], targets=2) for name, tail in (("a", [1]), ("b", [2]), ("c", [3]))]
+    scheduler = scheduler_of(tokens=512, rows=rows)
+    batch = scheduler.schedule()
+    assert [row.sequence.request.id for row in batch.rows] == ["a"]
+    score(scheduler, batch)
+    batch = scheduler.schedule()
+    assert {row.sequence.request.id for row in batch.rows} == {"b", "c"}
+    assert all(row.num_tokens < 10 for row in batch.rows)
+
+
+def test_scores_survive_a_preemption_and_what_they_needed_may_then_be_reused():
+    row = sequence("row", HEAD, targets=len(HEAD))
+    scheduler = scheduler_of(rows=[row])
+    scheduler.max_scored_tokens = 16
+    while scheduler.has_work:
+        score(scheduler, scheduler.schedule())
+        if row.computed == 32 and not scheduler.num_preempted:
+            scheduler.preempt(row)
+            assert row.num_reusable == 32
+    assert scheduler.num_preempted == 1
+    assert row.scores == list(range(len(HEAD)))

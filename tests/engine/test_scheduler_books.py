@@ -152,10 +152,12 @@ class Machine(RuleBasedStateMachine):
         new = min(new, self.capacity - len(prompt))
         for _ in range(copies):
             name = str(len(self.added))
-            row = sequence(name, prompt, adapter, new, prompt_log_probs=whole and head % 3 == 0)
+            targets = min(end, len(prompt)) if whole and head % 3 == 1 else ()
+            scored = whole and head % 3 == 0
+            row = sequence(name, prompt, adapter, new, targets, prompt_log_probs=scored)
             self.alive[name] = row
             self.added.append(name)
-            self.ends[name] = min(end, new)
+            self.ends[name] = 0 if targets else min(end, new)
             if bad is not None:
                 self.bad[name] = bad
             self.scheduler.add(row)
@@ -233,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         if flight is None:
             return
         for row, scored in zip(flight.batch.rows, flight.scored, strict=True):
-            row.sequence.prompt_log_probs += scored
+            row.sequence.scores += scored
         for row in flight.bad:
             if row.status is Status.RUNNING:
                 self.end(row.request.id)
@@ -249,7 +251,11 @@ class Machine(RuleBasedStateMachine):
                 said(len(prompt) + number) for number in range(self.ends[row.request.id])
             ]
             if row.request.params.prompt_log_probs:
-                assert row.prompt_log_probs == [None, *range(len(prompt) - 1)]
+                assert row.scores == list(range(len(prompt) - 1))
+            elif not row.generates:
+                assert row.scores == list(range(len(prompt) - len(row.request.targets), len(prompt)))
+            else:
+                assert row.scores == []
             del self.alive[row.request.id]
             self.ended[row.request.id] += 1
 
@@ -266,7 +272,7 @@ class Machine(RuleBasedStateMachine):
         scheduler = self.scheduler
         rows = [row.sequence for row in batch.rows]
         assert len(rows) == len(set(rows)) <= scheduler.max_num_seqs
-        assert set(rows) == {row for row in scheduler.running if not row.ends_with_pending}
+        assert set(rows) == {row for row in scheduler.running if not row.only_settles}
         if not self.flight:
             assert set(rows) == set(scheduler.running)
             assert bool(rows) == bool(self.alive), "work, and a step without rows"
@@ -300,9 +306,11 @@ class Machine(RuleBasedStateMachine):
         begun = [row.sequence for row in batch.rows if row.sequence in waited]
         assert batch.reused_tokens == sum(min(row.computed, len(row.request.prompt)) for row in begun)
         for row in begun:
-            may = self.scheduler.kv_cache.reuse and not row.request.params.prompt_log_probs
             assert row.proven == row.computed < len(row.tokens)
-            assert may or row.computed == 0
+            assert self.scheduler.kv_cache.reuse or row.computed == 0
+            left = len(row.targets) - len(row.scores)
+            first = len(row.request.prompt) - bool(row.request.params.prompt_log_probs) - left
+            assert left == 0 or row.computed <= first, "a position that has to be scored was reused"
 
     @invariant()
     def books_agree(self):

@@ -38,7 +38,13 @@ MALFORMED = {
     "too-many-rows": Malformed(_job(inputs=["x"] * (MAX_ROWS + 1)), "manifest", says=f"1 to {MAX_ROWS}"),
     "unknown-field": Malformed(_job(id="m-unknown", adaptor="a"), "manifest", "m-unknown", says="adapters"),
     "version": Malformed(_job(id="m-version", version=2), "manifest", "m-version", says="version is 2"),
-    "score": Malformed(_job(id="m-score", task="score"), "manifest", "m-score", says="score"),
+    "task": Malformed(_job(id="m-task", task="sing"), "manifest", "m-task", says="generate or score"),
+    "score": Malformed(
+        _job(id="m-score", task="score", output={"uri": "s3://out/jobs/", "format": "openai"}),
+        "manifest",
+        "m-score",
+        says="no place for scores",
+    ),
     "by-reference": Malformed(_job(id="m-ref", input={"uri": "s3://b/k"}), "manifest", "m-ref", says="input"),
     "id-with-slash": Malformed(_job(id="../x"), "manifest", says="id is"),
     "id-dots": Malformed(_job(id=".."), "manifest", says="id is"),
@@ -48,7 +54,7 @@ MALFORMED = {
     "output-elsewhere": Malformed(_job(output={"uri": "s3://elsewhere/x/"}), "letter", says="not under"),
     "output-dots": Malformed(_job(output={"uri": "s3://out/jobs/../x/"}), "letter", says=".."),
     "format": Malformed(
-        _job(output={"uri": "s3://out/jobs/", "format": "openai"}), "letter", says="not supported"
+        _job(output={"uri": "s3://out/jobs/", "format": "csv"}), "letter", says="must be native, openai"
     ),
     "adapters-length": Malformed(_job(id="m-adapters", adapters=["a", "b"]), "manifest", "m-adapters"),
     "parameters-kind": Malformed(

@@ -14,7 +14,7 @@ from worker.commit import Committer, Provenance
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
 from worker.metrics import Metrics
 from worker.rows import Hold, RowRunner
-from worker.runner import JobLimits, Runner
+from worker.runner import JobLimits, Runner, names_of
 from worker.transport.lease import Lease, LeaseKeeper
 from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
 from worker.transport.objects import StoredObject
@@ -247,7 +247,8 @@ def body_of(job_id: str = "j", inputs: Any = ("a", "b", "c"), **fields: Any) -> 
 def make_job(job_id: str = "j", inputs: Any = ("a", "b", "c"), **fields: Any) -> Job:
     """What a worker makes of that body."""
     delivery = Delivery(message_id="m", body=body_of(job_id, inputs, **fields), receipt="r", sent_at=999.0)
-    return wire.decode(delivery, output_prefixes=[PREFIX], max_rows=MAX_ROWS, now=999.0)
+    known = names_of(PROVENANCE.base_model)
+    return wire.decode(delivery, output_prefixes=[PREFIX], max_rows=MAX_ROWS, now=999.0, base_models=known)
 
 
 def manifest_uri(job_id: str) -> str:

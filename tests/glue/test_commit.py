@@ -18,7 +18,7 @@ REFUSED = Failure("invalid_message", "no", retryable=False)
 
 
 def body_for(job: Job) -> bytes:
-    return wire.encode_rows([echo(row) for row in job.rows])
+    return wire.encode_rows(job, [echo(row) for row in job.rows], base_model="m")
 
 
 async def commit(world: World, job: Job, body: bytes | None = None) -> wire.Manifest | None:

@@ -56,7 +56,7 @@ def line_of(tokenizer: Letters, bridge: Answering, **parameters: Any) -> dict[st
         adapters = AdapterDirectory(None, 30.0, clock=world.clock, sleep=world.clock.sleep)
         runner: Any = RowRunner(bridge, tokenizer, adapters, max_at_once=8)  # type: ignore[arg-type]
         job = make_job(inputs=["in"], parameters=parameters)
-        (line,) = wire.encode_rows(await run_rows(runner, job)).splitlines()
+        (line,) = wire.encode_rows(job, await run_rows(runner, job), base_model="m").splitlines()
         return json.loads(line)
 
     return asyncio.run(scenario())

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import ForbiddenOutput, InvalidMessage, JobError
-from worker.jobs import Delivery, Job, Output
+from worker.jobs import Delivery, Job, Output, Task
 from worker.wire.native import FIELDS, MAX_BODY_BYTES, PLANNED_FIELDS, decode, salvage
 from worker.wire.parameters import NAMES
 
@@ -133,15 +133,23 @@ def test_other_versions_are_refused(version):
     assert refused({"inputs": "x", "version": version}).endswith("it must be 1")
 
 
+def test_a_score_is_written_in_lines_of_our_own_alone():
+    body = {"inputs": "x", "task": "score", "output": {"uri": "s3://bucket/results/"}}
+    assert [row.task for row in read(body).rows] == [Task.SCORE]
+    assert [row.task for row in read({**body, "task": "generate"}).rows] == [Task.GENERATE]
+    for name in ("openai", "bedrock"):
+        body["output"]["format"] = name
+        assert refused(body) == (
+            f"task is score and output.format is {name}, which has no place for scores; it must be native"
+        )
+
+
 @pytest.mark.parametrize("task", ["chat", 5, ["generate"]])
 def test_other_tasks_are_refused(task):
-    assert refused({"inputs": "x", "task": task}).endswith("it must be generate")
+    assert refused({"inputs": "x", "task": task}).endswith("it must be generate or score")
 
 
 def test_what_the_schema_has_and_this_version_does_not_is_refused_by_name():
-    assert refused({"inputs": "x", "task": "score"}) == (
-        "task score is not supported by this version; supported: generate"
-    )
     assert refused({"input": {"uri": "s3://b/in.jsonl"}}).startswith("input is not supported by this version")
     assert refused({"inputs": "x", "part": 0, "parts": 2}).startswith("part is not supported by this version")
 
@@ -208,6 +216,7 @@ def test_the_digest_is_of_what_was_asked_for():
         {"inputs": ["y"]},
         {"parameters": {"seed": 2, "top_k": 2}},
         {"adapters": "fr"},
+        {"task": "score"},
         {"ids": ["a"]},
         {"output": {"uri": "s3://bucket/results/x/"}},
     ):
@@ -223,7 +232,7 @@ def test_the_digest_takes_integers_of_any_size():
 
 
 def test_a_refused_job_still_has_its_id_and_output():
-    for body in ({"id": "a", "inputs": []}, {"id": "a", "x": 1}, {"id": "a", "inputs": "x", "task": "score"}):
+    for body in ({"id": "a", "inputs": []}, {"id": "a", "x": 1}, {"id": "a", "inputs": "x", "task": "sing"}):
         assert salvage(delivery(body), PREFIXES) == ("a", Output(uri="s3://bucket/results/"))
     place = {"uri": "s3://bucket/results/x"}
     assert salvage(delivery({"output": place}), PREFIXES) == ("m-1", Output(uri="s3://bucket/results/x/"))
@@ -267,6 +276,19 @@ JSON = st.recursive(
 )
 
 
+ROW_FIELDS = [
+    "id",
+    "input",
+    "target",
+    "messages",
+    "parameters",
+    "custom_id",
+    "body",
+    "recordId",
+    "modelInput",
+]
+
+
 def check_any(body):
     one = delivery(body)
     try:
@@ -278,7 +300,8 @@ def check_any(body):
         return
     assert [row.index for row in job.rows] == list(range(len(job.rows)))
     for row in job.rows:
-        assert sum(part is not None for part in (row.text, row.messages, row.failure)) == 1
+        assert sum(part is not None for part in (row.text, row.tokens, row.messages, row.failure)) == 1
+        assert row.task is Task.SCORE or row.target is None
     msgspec.json.encode(job)
 
 
@@ -308,10 +331,11 @@ def test_any_job_is_read_or_refused(fields, inputs):
 
 @fuzzed
 @given(
-    st.lists(st.dictionaries(st.sampled_from(["id", "input", "messages", "parameters"]), JSON), max_size=3)
+    st.lists(st.dictionaries(st.sampled_from(ROW_FIELDS), JSON), max_size=3),
+    st.sampled_from(["generate", "score"]),
 )
-def test_any_row_objects_are_read_or_refused(rows):
-    check_any(json.dumps({"inputs": rows}))
+def test_any_row_objects_are_read_or_refused(rows, task):
+    check_any(json.dumps({"inputs": rows, "task": task}))
 
 
 def test_ten_thousand_wrong_names_do_not_hold_up_the_heartbeats():

@@ -11,6 +11,7 @@ from worker.wire.places import (
     manifest_uri,
     read_output,
     result_uri,
+    summary_uri,
 )
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -79,10 +80,11 @@ def test_what_is_no_output_is_an_invalid_message(value):
         read_output(value, PREFIXES)
 
 
-@pytest.mark.parametrize("name", ["openai", "bedrock"])
-def test_planned_formats_are_refused_by_name(name):
-    with pytest.raises(InvalidMessage, match=f"{name} is not supported by this version; supported: native"):
-        read_output({"uri": "s3://other/", "format": name}, PREFIXES)
+@pytest.mark.parametrize("name", ["native", "openai", "bedrock"])
+def test_the_format_is_one_that_results_can_have(name):
+    assert read_output({"uri": "s3://other/", "format": name}, PREFIXES) == Output("s3://other/", name)
+    with pytest.raises(InvalidMessage, match="is 'auto'; it must be native, openai or bedrock"):
+        read_output({"uri": "s3://other/", "format": "auto"}, PREFIXES)
 
 
 def test_the_length_of_a_uri_at_its_limit():
@@ -108,6 +110,9 @@ def test_where_things_lie():
     job = Job(id="j-1", rows=(), output=Output(uri="s3://b/x/"), digest="", created_at=0)
     assert result_uri(job) == "s3://b/x/j-1/results-00000-of-00001.jsonl"
     assert result_uri(job, 2, 3) == "s3://b/x/j-1/results-00002-of-00003.jsonl"
+    bedrock = Job(id="j-1", rows=(), output=Output("s3://b/x/", "bedrock"), digest="", created_at=0)
+    assert result_uri(bedrock) == "s3://b/x/j-1/results-00000-of-00001.jsonl.out"
+    assert summary_uri(bedrock) == "s3://b/x/j-1/manifest.json.out"
     assert manifest_uri(job.output, "j-1") == "s3://b/x/j-1/manifest.json"
     assert cancel_uri(job.output, "j-1") == "s3://b/x/j-1/cancel"
     assert dead_letter_uri("s3://b/d/", "m-1") == "s3://b/d/m-1.json"

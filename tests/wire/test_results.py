@@ -7,12 +7,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import LoramillError
-from worker.jobs import Failure, FinishReason, Row, RowResult, SamplingParams, TokenDetail
-from worker.wire.results import Tally, Usage, encode_rows, tally, total
+from worker.jobs import (
+    Failure,
+    FinishReason,
+    Job,
+    Output,
+    Row,
+    RowResult,
+    SamplingParams,
+    Score,
+    Task,
+    TokenDetail,
+)
+from worker.wire import encode_rows as encode_job_rows
+from worker.wire import tally
+from worker.wire.results import Tally, Usage, total
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 KEYS = ["id", "index", "adapter", "adapter_version", "generated_text", "finish_reason", "usage", "error"]
+
+
+def encode_rows(results):
+    job = Job(id="j", rows=(), output=Output("s3://b/x/"), digest="", created_at=0.0)
+    return encode_job_rows(job, results, base_model="m")
 
 
 def good(index=0, *, adapter=None, version=None, text="out", details=False, tokens=None):
@@ -162,3 +180,63 @@ def test_the_total_of_parts_is_the_tally_of_the_whole(results, cut):
     parts = [tally(encode_rows(results[:cut])), tally(encode_rows(results[cut:]))]
     whole = tally(encode_rows(results))
     assert total(parts) == msgspec.structs.replace(whole, sha256="")
+
+
+# Scores
+
+SCORE_KEYS = [
+    "id", "index", "adapter", "adapter_version", "logprob", "token_logprobs", "is_greedy",
+    "finish_reason", "usage", "error",
+]  # fmt: skip
+
+
+def scored(*log_probs, is_greedy=False, failure=None, **params):
+    row = Row(
+        index=0,
+        id="r0",
+        text="in",
+        target="out",
+        task=Task.SCORE,
+        adapter="fr",
+        params=SamplingParams(**params),
+    )
+    return RowResult(
+        row=row,
+        adapter_version="v1",
+        finish_reason=FinishReason.LENGTH,
+        prompt_tokens=9,
+        score=None if failure else Score(log_probs, is_greedy),
+        tokens=tuple(TokenDetail(5, "o", log_prob) for log_prob in log_probs),
+        failure=failure,
+    )
+
+
+def test_a_score_stands_in_the_place_of_the_text():
+    (line,) = lines([scored(-0.25, -1.5, is_greedy=True)])
+    assert list(line) == SCORE_KEYS
+    assert (line["logprob"], line["token_logprobs"], line["is_greedy"]) == (-1.75, [-0.25, -1.5], True)
+    assert (line["finish_reason"], line["usage"]) == ("length", {"prompt_tokens": 9, "completion_tokens": 0})
+
+
+def test_a_row_that_could_not_be_scored_has_the_same_fields():
+    (line,) = lines([scored(failure=Failure("oom", "why"))])
+    assert list(line) == SCORE_KEYS
+    assert (line["logprob"], line["token_logprobs"], line["is_greedy"]) == (None, None, None)
+    assert (line["finish_reason"], line["error"]["code"]) == ("error", "oom")
+
+
+def test_details_of_a_score_are_the_tokens_that_were_scored():
+    details = lines([scored(-0.25, details=True)])[0]["details"]
+    assert details == {
+        "finish_reason": "length",
+        "generated_tokens": 0,
+        "inputs": "in",
+        "tokens": [{"id": 5, "text": "o", "log_prob": -0.25}],
+    }
+
+
+def test_scores_add_up_as_other_rows_do():
+    counted = tally(encode_rows([scored(-0.5), scored(failure=Failure("oom", "why"))]))
+    assert (counted.rows, counted.completed, counted.errors) == (2, 1, {"oom": 1})
+    assert counted.usage == Usage(18, 0)
+    assert counted.adapters == {"fr": ("v1",)}

@@ -1,12 +1,13 @@
 import pytest
 
 from worker.errors import InvalidMessage
-from worker.jobs import ChatMessage, SamplingParams
+from worker.jobs import ChatMessage, SamplingParams, Task
+from worker.wire.parameters import NAMES
 from worker.wire.rows import read_rows
 
 
-def rows(body, adapter=None, max_rows=100):
-    return read_rows(body, max_rows=max_rows, adapter=adapter)
+def rows(body, adapter=None, max_rows=100, **known):
+    return read_rows(body, max_rows=max_rows, adapter=adapter, **known)
 
 
 def only_failure(item, **body):
@@ -157,7 +158,10 @@ def test_a_rows_parameters_are_an_object(parameters):
         ({}, "the row has no input"),
         ({"input": None}, "the row has no input"),
         ({"input": "x", "messages": []}, "the row has input and messages"),
-        ({"input": 5}, "the row's input is a number"),
+        ({"input": 5}, "the row's input is a number; it must be text or a list of token ids"),
+        ({"input": [True]}, "the row's input is a list of 1"),
+        ({"input": [1, -1]}, "the row's input[1] is -1; it must be a token id from 0 to 2147483647"),
+        ({"input": "x", "target": "y"}, "the row has a target, which is for jobs of task score"),
         ({"input": ["x"]}, "the row's input is a list of 1"),
         ({"input": "x", "adaptor": "y"}, "'adaptor' is unknown; the nearest known name is adapter"),
         ({"messages": []}, "messages is a list of 0"),
@@ -221,3 +225,60 @@ def test_name_that_no_adapter_can_have_fails_its_row_in_few_words(name):
     assert bad.failure.code == "adapter_not_found"
     assert len(bad.failure.message) < 400
     assert bad.adapter == name[:128]
+
+
+# Token ids, and what is scored
+
+
+def test_input_may_be_token_ids():
+    (row,) = rows({"inputs": [{"input": [5, 0, 2**31 - 1]}]})
+    assert (row.tokens, row.text, row.failure) == ((5, 0, 2**31 - 1), None, None)
+
+
+def scored(item, **body):
+    (row,) = rows({"inputs": [item], **body}, task=Task.SCORE)
+    assert row.task is Task.SCORE, "an error line has the shape of its neighbours"
+    return row
+
+
+def test_row_to_be_scored_has_an_input_and_may_have_a_target():
+    assert scored({"input": "a", "target": "b"}).target == "b"
+    assert scored({"input": "", "target": "b"}).text == ""
+    assert scored({"input": [1], "target": [2]}).target == (2,)
+    assert scored({"messages": [{"role": "user", "content": "a"}], "target": "b"}).target == "b"
+    for item in ("a", {"input": "a"}, {"input": "a", "target": None}):
+        row = scored(item)
+        assert (row.text, row.target, row.failure) == ("a", None, None)
+        assert row.params == SamplingParams(max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"input": "a", "target": 5}, "the row's target is a number; it must be text, as its input is"),
+        ({"input": "a", "target": [5]}, "the row's target is a list of 1; it must be text, as its input is"),
+        ({"input": [5], "target": "a"}, "the row's target is text; it must be token ids, as its input is"),
+        ({"input": [5], "target": [-5]}, "the row's target[0] is -5"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the row has messages and no target"),
+        ({"target": "a"}, "the row has no input"),
+    ],
+)
+def test_row_that_cannot_be_scored_fails_alone(item, words):
+    failure = scored(item).failure
+    assert failure.code == "invalid_line"
+    assert words in failure.message
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"details"}))
+def test_parameters_of_generation_are_an_error_on_a_row_to_be_scored_that_names_them(name):
+    for failure in (
+        scored({"input": "a b", "parameters": {name: 1}}).failure,
+        scored("a b", parameters={name: 1}).failure,
+    ):
+        assert failure.code == "invalid_parameters"
+        assert f"parameter {name} is for rows that generate" in failure.message
+
+
+def test_row_to_be_scored_may_have_details():
+    assert scored({"input": "a b", "parameters": {"details": True, "seed": None}}).params.details
+    assert "'detail' is unknown" in scored({"input": "a", "parameters": {"detail": True}}).failure.message

@@ -1,6 +1,7 @@
 """The engine: `add`, `abort`, `step`. One thread calls all of it; nothing here waits for anybody."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
 from worker.engine.sequence import Sequence, Status
 from worker.engine.tokenizer import TextStream, Tokenizer
 from worker.errors import EngineFailed, InvalidParameters, PromptTooLong
-from worker.jobs import AdapterKey, Completion, Failure, FinishReason, InferenceRequest
+from worker.jobs import AdapterKey, Completion, Failure, FinishReason, InferenceRequest, Score
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._weights = weights
         self._eos = eos_token_ids
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._scheduler = Scheduler(
             _kv_cache(runner.cache_shape, max_model_len, reuse=prefix_reuse),
             LoRASlots(max_loras),
@@ -112,12 +113,28 @@ class Engine:
             known = f"the base model knows {self._runner.vocab_size} tokens"
             raise InvalidParameters(f"The prompt has token {max(request.prompt)}, {known}")
         check(request.params, self._runner.num_logits, self._eos)
+        if request.targets:
+            self._check_targets(request)
+            return
         whole = len(request.prompt) + request.params.max_new_tokens
-        if whole > self._max_model_len:
+        if whole > self.max_model_len:
             raise PromptTooLong(
                 f"The prompt has {len(request.prompt)} tokens and max_new_tokens is "
                 f"{request.params.max_new_tokens}: together {whole}, the limit (max_model_len) is "
-                f"{self._max_model_len}"
+                f"{self.max_model_len}"
+            )
+
+    def _check_targets(self, request: InferenceRequest) -> None:
+        assert request.params.max_new_tokens == 0, "what is scored is not gone on with"
+        assert not request.params.prompt_log_probs
+        assert len(request.targets) <= len(request.prompt)
+        if max(request.targets) >= self._runner.num_logits:
+            known = f"the base model writes {self._runner.num_logits} tokens"
+            raise InvalidParameters(f"The row has token {max(request.targets)} to be scored, {known}")
+        if len(request.prompt) > self.max_model_len:
+            raise PromptTooLong(
+                f"The row has {len(request.prompt) + 1} tokens; to be scored it may have one more than "
+                f"max_model_len, {self.max_model_len}"
             )
 
     def add(self, request: InferenceRequest) -> None:
@@ -286,14 +303,14 @@ class Engine:
         """Settle a batch that was advanced; rows that have ended since it was launched are passed by."""
         completions = []
         sampled = iter(outcome.samples)
-        for row, log_probs in zip(batch.rows, outcome.prompt_log_probs, strict=True):
-            row.sequence.prompt_log_probs += log_probs
+        for row, scores in zip(batch.rows, outcome.scores, strict=True):
+            row.sequence.scores += scores
         kept_rows, kept_samples = [], []
         for row in batch.rows:
             own = next(sampled) if row.samples else None
             if row.sequence.status is not Status.RUNNING:
                 continue
-            if own is not None and not own.finite:
+            if not (_is_finite(row) if own is None else own.finite):
                 failure = Failure("internal", "The model's output for this row is not finite")
                 completions.append(self._fail(row.sequence, failure))
                 continue
@@ -339,8 +356,10 @@ class Engine:
             said = sequence.generated
             if said and said[-1] in request.params.stop_token_ids:
                 said = said[:-1]
-            text = self._tokenizer.continuation(request.prompt, said)
+            text = self._tokenizer.continuation(request.prompt, said) if said else ""
         assert sequence.finish_reason is not None
+        log_probs = tuple(score.log_prob for score in sequence.scores)
+        is_greedy = all(score.likeliest for score in sequence.scores)
         return Completion(
             request_id=request.id,
             text=text,
@@ -349,9 +368,17 @@ class Engine:
             prompt_tokens=len(request.prompt),
             log_probs=tuple(sequence.log_probs) if request.params.details else None,
             top_tokens=tuple(sequence.top_tokens) if request.params.top_n_tokens else None,
-            prompt_log_probs=tuple(sequence.prompt_log_probs) if request.params.prompt_log_probs else None,
+            prompt_log_probs=(None, *log_probs) if request.params.prompt_log_probs else None,
+            score=Score(log_probs, is_greedy) if request.targets and failure is None else None,
             failure=failure,
         )
+
+
+def _is_finite(row: ScheduledRow) -> bool:
+    """Whether the logits by which a row was scored were finite, once it is; NaN in any of them shows."""
+    if not row.ends:
+        return True
+    return all(math.isfinite(score.log_prob) for score in row.sequence.scores)
 
 
 def _kv_cache(shape: tuple[int, int], max_model_len: int, *, reuse: bool) -> KVCache:

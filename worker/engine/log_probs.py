@@ -4,6 +4,8 @@ that of the logits as they leave the model, before penalties, biases, temperatur
 
 import torch
 
+from worker.engine.draws import likeliest
+
 _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 22
 """Logits that are looked at at once, on a CPU about what its cache holds, elsewhere 16 MiB in float32; at
 least those of one position."""
@@ -19,6 +21,16 @@ def prompt_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     at_once = _at_once(logits)
     slices = zip(torch.split(logits, at_once), torch.split(targets, at_once), strict=True)
     return torch.cat([_of(own, tokens) for own, tokens in slices])
+
+
+def score_targets(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `prompt_log_probs`, and whether each target is the token that a greedy row would take: bool [t]."""
+    log_probs, found = [], []
+    at_once = _at_once(logits)
+    for own, tokens in zip(torch.split(logits, at_once), torch.split(targets, at_once), strict=True):
+        log_probs.append(_of(own, tokens))
+        found.append(likeliest(own) == tokens)
+    return torch.cat(log_probs), torch.cat(found)
 
 
 def likely_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

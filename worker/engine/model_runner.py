@@ -21,8 +21,10 @@ from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.pages import give_back_freed
 from worker.engine.projections import Projection, tied_weights
-from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare, prompt_log_probs
+from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare
 from worker.engine.scheduler import Batch, ScheduledRow
+from worker.engine.scores import Scores
+from worker.engine.sequence import Scored
 from worker.engine.transfer import to_device
 from worker.errors import ModelError
 
@@ -58,8 +60,8 @@ class Launched(NamedTuple):
     """On the device; None if no row samples."""
     fetched: Sampled | None
     """The same, on its way to the host."""
-    scores: dict[int, torch.Tensor]
-    """Log-probabilities of prompt tokens by the id of the sequence, on the device."""
+    scores: Scores
+    """Of the tokens that are scored in this step, on their way to the host."""
 
 
 class Outcome(NamedTuple):
@@ -67,8 +69,8 @@ class Outcome(NamedTuple):
 
     samples: list[Sample]
     """For each row that reached its end, in the batch's order."""
-    prompt_log_probs: list[list[float]]
-    """For each row, of its `scored` tokens."""
+    scores: list[list[Scored]]
+    """For each row, of its `targets` in this step."""
 
 
 class ModelRunner:
@@ -216,7 +218,7 @@ class ModelRunner:
         """Wait for a launched step."""
         started = time.perf_counter()
         samples = [] if launched.fetched is None else collect(launched.fetched)
-        scores = {row: scored.tolist() for row, scored in launched.scores.items()}
+        scores = launched.scores.collect()
         self.timings = self.timings._replace(
             sample_seconds=self.timings.sample_seconds + time.perf_counter() - started
         )
@@ -226,25 +228,22 @@ class ModelRunner:
             [scores.get(id(row.sequence), []) for row in launched.batch.rows],
         )
 
-    def _score(
-        self, rows: list[ScheduledRow], logits: torch.Tensor
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        """Log-probabilities of the prompt tokens of rows that want them, and the logits to sample from."""
-        if not any(row.scored for row in rows):
-            return {}, logits
-        scores = {}
+    def _score(self, rows: list[ScheduledRow], logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
+        """What rows want to know of tokens that they have, and the logits to sample from."""
+        scores = Scores()
+        if not any(row.sequence.targets for row in rows):
+            return scores, logits
         ends = []
         start = 0
         for row in rows:
             if row.scored:
-                targets = row.sequence.tokens[row.scored.start + 1 : row.scored.stop + 1]
-                own = logits[start : start + len(row.scored)]
-                scores[id(row.sequence)] = prompt_log_probs(
-                    own, to_device(torch.tensor(targets), logits.device)
-                )
+                scores.add(id(row.sequence), logits[start : start + len(row.scored)], row.targets)
             start += row.keep
             if row.samples:
                 ends.append(start - 1)
+        scores.fetch()
+        if len(ends) == start:
+            return scores, logits
         kept = to_device(torch.tensor(ends, dtype=torch.long), logits.device)
         return scores, logits.index_select(0, kept)
 

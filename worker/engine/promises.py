@@ -7,8 +7,8 @@ from worker.engine.sequence import Sequence
 class Promises:
     """A leader is a running row that computes a text which is not in the cache yet.
 
-    Followers are waiting rows that begin with that text. A promise ends when the leader has sampled its
-    first token, or when it leaves before that: either way its followers wait no longer.
+    Followers are waiting rows that begin with that text. A promise ends when the leader has computed its
+    prompt, or when it leaves before that: either way its followers wait no longer.
     """
 
     def __init__(self, granule: int, min_gain: int = 32) -> None:
@@ -37,7 +37,7 @@ class Promises:
 
     def leader(self, sequence: Sequence, num_known: int) -> Sequence | None:
         """Whom `sequence`, which could reuse `num_known` tokens now, had better wait for."""
-        node = self._tree.find(sequence.request.adapter, sequence.tokens, len(sequence.tokens) - 1)
+        node = self._tree.find(sequence.request.adapter, sequence.tokens, sequence.num_reusable)
         if node is None or node.num_tokens - num_known < self.min_gain:
             return None
         return next(iter(node.holders))

@@ -43,7 +43,6 @@ __all__ = [
     "collect",
     "fetch",
     "prepare",
-    "prompt_log_probs",
 ]
 
 

@@ -16,7 +16,7 @@ from worker.jobs import AdapterKey, FinishReason
 _EARLY = 0.7
 """A long row starts this much before it has to: places in the batch become free only now and then."""
 _MAX_SCORED_TOKENS = 256
-"""Prompt tokens in a step whose log-probabilities are asked for. Each keeps the logits of a whole vocabulary,
+"""Tokens in a step whose log-probabilities are asked for. Each keeps the logits of a whole vocabulary,
 in float32 a MiB where that has 262,144 tokens: `max_num_batched_tokens` of them could be gigabytes."""
 
 
@@ -30,8 +30,8 @@ class ScheduledRow(NamedTuple):
     """How many of the sequence's tokens went through the model in earlier steps."""
     num_tokens: int
     """How many go through it in this one."""
-    samples: bool
-    """Whether those reach the sequence's end, so that its next token can be sampled."""
+    ends: bool
+    """Whether those reach the sequence's end."""
 
     @property
     def stop(self) -> int:
@@ -43,14 +43,26 @@ class ScheduledRow(NamedTuple):
         return max(0, min(len(self.sequence.request.prompt) - self.start, self.num_tokens))
 
     @property
+    def samples(self) -> bool:
+        """Whether its next token can be sampled."""
+        return self.ends and self.sequence.generates
+
+    @property
     def scored(self) -> range:
-        """Positions in this step whose logits say how likely the prompt's next token was, as was asked."""
+        """Positions in this step whose logits say how likely targets are that have no score yet."""
         sequence = self.sequence
-        if not sequence.request.params.prompt_log_probs:
+        num_targets = len(sequence.targets)
+        if not num_targets:
             return range(0)
-        start = max(self.start, len(sequence.prompt_log_probs) - 1)
-        stop = min(self.stop, len(sequence.request.prompt) - 1)
+        start = max(self.start, sequence.first_scored + len(sequence.scores))
+        stop = min(self.stop, sequence.first_scored + num_targets)
         return range(start, max(start, stop))
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The tokens that are to be scored at these positions."""
+        first, scored = self.sequence.first_scored, self.scored
+        return self.sequence.targets[scored.start - first : scored.stop - first]
 
     @property
     def keep(self) -> int:
@@ -76,7 +88,7 @@ class Batch(NamedTuple):
 
 
 class _Budget:
-    """What is left of a step's tokens, and of those whose prompt log-probabilities are asked for."""
+    """What is left of a step's tokens, and of those whose logits are needed to score a row's own tokens."""
 
     def __init__(self, tokens: int, scored: int, rows: Iterable[ScheduledRow]) -> None:
         """`rows` are in the step already."""
@@ -92,8 +104,8 @@ class _Budget:
         """As much of `sequence` from `start` on as fits: at least a token; each row behind is left one."""
         end = len(sequence.tokens) + sequence.pending
         stop = min(end, start + self.tokens - behind)
-        if sequence.request.params.prompt_log_probs:
-            scored = ScheduledRow(sequence, start, stop - start, samples=False).scored
+        if sequence.targets:
+            scored = ScheduledRow(sequence, start, stop - start, ends=False).scored
             if len(scored) > max(0, self.scored):
                 stop = scored.start + max(1, self.scored)
         return ScheduledRow(sequence, start, stop - start, stop == end)
@@ -106,6 +118,7 @@ class Scheduler:
     fit `slots`, and the keys and values that fit `kv_cache`. Prompts longer than what is left of the
     token budget are put through in chunks, in the same steps in which other rows decode; so are those
     whose log-probabilities are asked for, `max_scored_tokens` a step, or one a row where that is more.
+    A row that is only to be scored ends when its prompt is computed.
 
     At most `max_passed_over` rows that came later start before one that came earlier does. Within that,
     preempted rows go first, and the others so that the batch stays full to the end, with few adapters in
@@ -143,7 +156,8 @@ class Scheduler:
         return bool(self.running) or len(self.waiting) > 0
 
     def add(self, sequence: Sequence) -> None:
-        assert self.kv_cache.missing([], len(sequence.tokens) + 1) <= self.kv_cache.num_blocks
+        needed = len(sequence.tokens) + sequence.generates
+        assert self.kv_cache.missing([], needed) <= self.kv_cache.num_blocks
         self.waiting.add(sequence)
 
     def schedule(self) -> Batch:
@@ -191,31 +205,34 @@ class Scheduler:
         """Record what the rows of a batch that was advanced have sampled: `sampled`, in order.
 
         Its logits were finite: what they depend on may be reused from now on. `finish` tells whether, and
-        why, a sequence ends with the token just appended. Rows that have ended since `advance` are passed
-        by, and what they sampled is not among `sampled`.
+        why, a sequence ends with the token just appended; one that samples none ends with its prompt. Rows
+        that have ended since `advance` are passed by, and what they sampled is not among `sampled`.
         Returns the sequences that ended, their blocks and slots given back.
         """
         tokens = iter(sampled)
         ended = []
         for row in batch.rows:
             sequence = row.sequence
-            if row.samples and sequence.status is Status.RUNNING:
-                # If it is in a later batch already, it will have one more by then.
-                sequence.pending = sequence.computed > row.stop
-                self._prove(sequence, row.stop)
+            if not row.ends or sequence.status is not Status.RUNNING:
+                continue
+            reason: FinishReason | None = FinishReason.LENGTH
+            # If it is in a later batch already, it will have one more by then.
+            sequence.pending = sequence.computed > row.stop
+            self._prove(sequence, row.stop)
+            if sequence.generates:
                 sequence.append(*next(tokens))
                 self.num_generated += 1
                 reason = finish(sequence)
-                if reason is not None:
-                    self.finish(sequence, reason)
-                    ended.append(sequence)
+            if reason is not None:
+                self.finish(sequence, reason)
+                ended.append(sequence)
         return ended
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it stands, and take back what it holds."""
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
-            if reason is not FinishReason.ERROR:
+            if reason is not FinishReason.ERROR and sequence.generates:
                 self.lengths.learn(sequence)
         elif sequence.status is Status.WAITING:
             self._promises.leave(sequence)
@@ -244,8 +261,7 @@ class Scheduler:
     def _continue_running(self) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
         budget = self._budget(rows)
-        # The pending token of the others is their last: they only wait to be settled.
-        going_on = [sequence for sequence in self.running if not sequence.ends_with_pending]
+        going_on = [sequence for sequence in self.running if not sequence.only_settles]
         for number, sequence in enumerate(going_on):
             if sequence.status is not Status.RUNNING:  # preempted by a row before it
                 continue
@@ -346,7 +362,7 @@ class Scheduler:
 
     def _hold_back(self, sequence: Sequence, node: Node[int] | None) -> bool:
         """Set a new row aside if a running row will soon have much more of its text than `node`."""
-        if sequence.started or not sequence.may_reuse:
+        if sequence.started:
             return False
         leader = self._promises.leader(sequence, node.num_tokens if node else 0)
         if leader is None:
@@ -384,10 +400,8 @@ class Scheduler:
         return [(sequence.slot, key)] if fresh else []
 
     def _known(self, sequence: Sequence) -> Node[int] | None:
-        """What `sequence` can reuse: never its last token, whose logits are needed."""
-        if not sequence.may_reuse:
-            return None
-        return self.kv_cache.match(sequence.request.adapter, sequence.tokens, len(sequence.tokens) - 1)
+        """What `sequence` can reuse."""
+        return self.kv_cache.match(sequence.request.adapter, sequence.tokens, sequence.num_reusable)
 
     def _has_slot(self, sequence: Sequence) -> bool:
         key = sequence.request.adapter

@@ -1,6 +1,7 @@
 """A request while the engine works on it. No torch here."""
 
 import enum
+from typing import NamedTuple
 
 from worker.jobs import FinishReason, InferenceRequest
 
@@ -9,6 +10,13 @@ class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class Scored(NamedTuple):
+    """What the model thinks of a token in its place."""
+
+    log_prob: float
+    likeliest: bool
 
 
 class Sequence:
@@ -25,12 +33,13 @@ class Sequence:
         "log_probs",
         "passed_over",
         "pending",
-        "prompt_log_probs",
         "proven",
         "request",
+        "scores",
         "slot",
         "started",
         "status",
+        "targets",
         "text_end",
         "tokens",
         "top_tokens",
@@ -45,8 +54,10 @@ class Sequence:
         """One for each generated token, where the request asked for details."""
         self.top_tokens: list[tuple[tuple[int, float], ...]] = []
         """For each generated token those that were likeliest, where the request asked for some."""
-        self.prompt_log_probs: list[float | None] = [None]
-        """Of the prompt's tokens, as far as they are known, where the request asked for them."""
+        self.targets = request.prompt[1:] if request.params.prompt_log_probs else request.targets
+        """Tokens that it was given and whose log-probabilities were asked for; see `first_scored`."""
+        self.scores: list[Scored] = []
+        """What is known of `targets`, from the first on."""
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.computed = 0
@@ -83,14 +94,31 @@ class Sequence:
         return len(self.tokens) + self.pending - self.computed
 
     @property
-    def ends_with_pending(self) -> bool:
-        """Whether its pending token is the last that it may have."""
+    def generates(self) -> bool:
+        """Whether its prompt is to be gone on with; else it ends when that is computed."""
+        return not self.request.targets
+
+    @property
+    def only_settles(self) -> bool:
+        """Whether nothing more of it goes through the model: its last step has only to be settled."""
+        if not self.generates:
+            return self.remaining == 0
         return self.pending and self.num_generated + 1 >= self.request.params.max_new_tokens
 
     @property
-    def may_reuse(self) -> bool:
-        """Whether it can do without the logits of its prompt."""
-        return not self.request.params.prompt_log_probs
+    def first_scored(self) -> int:
+        """The position whose logits say how likely the first of `targets` is; the others follow it."""
+        return 0 if self.generates else len(self.request.prompt) - len(self.request.targets)
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of its first tokens need not be computed if somebody else has: no logits are needed there.
+
+        Those of its last token always are, and those that tell of targets which have no score yet.
+        """
+        if len(self.scores) < len(self.targets):
+            return self.first_scored + len(self.scores)
+        return len(self.tokens) - 1
 
     def append(
         self, token: int, log_prob: float | None, top_tokens: tuple[tuple[int, float], ...] | None = None

@@ -26,6 +26,19 @@ class Tokenizer:
         with self._lock:
             return tuple(self._tokenizer.encode(text))
 
+    @property
+    def first_token(self) -> int:
+        """What stands before a text that nothing comes before: the BOS token, else the EOS token.
+
+        Raises InvalidLine if there is neither.
+        """
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise InvalidLine(
+            "The row has no context, and the base model has no BOS or EOS token to stand for it"
+        )
+
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt that the model's chat template makes of `messages`, ready for an answer.
 

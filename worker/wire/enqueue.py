@@ -15,6 +15,7 @@ def encode_job(
     id: str | None = None,  # noqa: A002 - the field's name
     adapters: str | Sequence[str | None] | None = None,
     parameters: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    task: str | None = None,
     ids: Sequence[str] | None = None,
     output: Output | None = None,
     ttl_seconds: float | None = None,
@@ -31,6 +32,7 @@ def encode_job(
         "inputs": inputs,
         "adapters": adapters,
         "parameters": parameters,
+        "task": task,
         "ids": ids,
         "output": None if output is None else {"uri": output.uri, "format": output.format},
         "ttl_seconds": ttl_seconds,

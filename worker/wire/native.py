@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from worker.errors import InvalidMessage, JobError
-from worker.jobs import Delivery, Job, Output
+from worker.jobs import Delivery, Job, Output, Task
 from worker.wire import rows
 from worker.wire.checks import show, unknown
 from worker.wire.places import read_output
@@ -27,11 +27,18 @@ PLANNED_FIELDS = {"input", "part", "parts"}
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def decode(delivery: Delivery, *, output_prefixes: Sequence[str], max_rows: int, now: float) -> Job:
+def decode(
+    delivery: Delivery,
+    *,
+    output_prefixes: Sequence[str],
+    max_rows: int,
+    now: float,
+    base_models: Collection[str] | None = None,
+) -> Job:
     """Read a job, or raise InvalidMessage or ForbiddenOutput. A row's own mistake is that row's `failure`.
 
-    `now` (seconds since the epoch) stands in for a missing SentTimestamp. In every optional field null
-    counts as absent.
+    `now` (seconds since the epoch) stands in for a missing SentTimestamp. `base_models` are the names of the
+    base model, None where nobody knows them. In every optional field null counts as absent.
     """
     try:
         body = _parse(delivery)
@@ -39,11 +46,12 @@ def decode(delivery: Delivery, *, output_prefixes: Sequence[str], max_rows: int,
         job_id = _read_id(body, delivery)
         adapter = adapter_attribute(delivery.attributes)
         output = read_output(body.get("output"), output_prefixes)
+        task = _read_task(body.get("task"), output)
         created_at = delivery.sent_at or now
         ttl = _read_ttl(body.get("ttl_seconds"))
         return Job(
             id=job_id,
-            rows=read_rows(body, max_rows=max_rows, adapter=adapter),
+            rows=read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models),
             output=output,
             digest=_digest(body, output, adapter),
             created_at=created_at,
@@ -119,11 +127,6 @@ def _check_names(body: Mapping[str, Any]) -> None:
     version = body.get("version")
     if version is not None and (isinstance(version, bool) or version != 1):
         raise InvalidMessage(f"version is {show(version)}; it must be 1")
-    task = body.get("task")
-    if task == "score":
-        raise InvalidMessage("task score is not supported by this version; supported: generate")
-    if task is not None and task != "generate":
-        raise InvalidMessage(f"task is {show(task)}; it must be generate")
 
 
 def _read_id(body: Mapping[str, Any], delivery: Delivery) -> str:
@@ -135,6 +138,19 @@ def _read_id(body: Mapping[str, Any], delivery: Delivery) -> str:
             f"id is {show(job_id)}; it must be 1 to 128 of A-Z a-z 0-9 . _ -, and not . or .."
         )
     return job_id
+
+
+def _read_task(value: object, output: Output) -> Task:
+    if value is None:
+        return Task.GENERATE
+    if not isinstance(value, str) or value not in list(Task):
+        raise InvalidMessage(f"task is {show(value)}; it must be generate or score")
+    if value == Task.SCORE and output.format != "native":
+        raise InvalidMessage(
+            f"task is score and output.format is {output.format}, which has no place for scores; "
+            "it must be native"
+        )
+    return Task(value)
 
 
 def _read_ttl(value: object) -> float | None:

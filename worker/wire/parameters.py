@@ -7,6 +7,8 @@ each does, and in which order.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from worker.errors import InvalidParameters
 from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 from worker.wire.checks import nearest, show
@@ -46,10 +48,21 @@ def read_parameters(given: Mapping[str, object]) -> SamplingParams:
         del values["temperature"]
     params = SamplingParams(**values)
     if params.min_new_tokens > params.max_new_tokens:
-        raise _refuse(
+        raise refuse(
             "min_new_tokens", params.min_new_tokens, f"at most max_new_tokens, {params.max_new_tokens}"
         )
     return params
+
+
+def read_score_parameters(given: Mapping[str, object]) -> SamplingParams:
+    """Check the parameters of a row that is scored: of the names above, `details` alone means something."""
+    said = {name: value for name, value in given.items() if value is not None}
+    for name in said:
+        if name in _CHECKS and name != "details":
+            raise InvalidParameters(
+                f"parameter {name} is for rows that generate; one that is scored takes details"
+            )
+    return msgspec.structs.replace(read_parameters(said), max_new_tokens=0)
 
 
 _DRAWN_BY = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
@@ -64,20 +77,26 @@ def _do_sample(values: Mapping[str, object]) -> bool:
     return bool(values["do_sample"])
 
 
-def _refuse(name: str, value: object, limit: str) -> InvalidParameters:
+def check(name: str, value: object, said_as: str) -> Any:
+    """The value of parameter `name` in a row where it is called `said_as`. Raises InvalidParameters."""
+    return _CHECKS[name](said_as, value)
+
+
+def refuse(name: str, value: object, limit: str) -> InvalidParameters:
+    """What to raise for a parameter beyond its limit."""
     return InvalidParameters(f"parameter {name} is {show(value)}; it must be {limit}")
 
 
 def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _refuse(name, value, "true or false")
+        raise refuse(name, value, "true or false")
     return value
 
 
 def _whole(low: int, high: int) -> Callable[[str, object], int]:
     def check(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise _refuse(name, value, f"a whole number from {low} to {high}")
+            raise refuse(name, value, f"a whole number from {low} to {high}")
         return value
 
     return check
@@ -86,7 +105,7 @@ def _whole(low: int, high: int) -> Callable[[str, object], int]:
 def _number(accepts: Callable[[float], bool], limit: str) -> Callable[[str, object], float]:
     def check(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not accepts(value):
-            raise _refuse(name, value, limit)
+            raise refuse(name, value, limit)
         return float(value)
 
     return check
@@ -95,17 +114,17 @@ def _number(accepts: Callable[[float], bool], limit: str) -> Callable[[str, obje
 def _stop_sequences(name: str, value: object) -> tuple[str, ...]:
     limit = f"a list of at most {MAX_STOP_SEQUENCES} texts of 1 to {MAX_STOP_CHARACTERS} characters"
     if not isinstance(value, list) or len(value) > MAX_STOP_SEQUENCES:
-        raise _refuse(name, value, limit)
+        raise refuse(name, value, limit)
     for index, text in enumerate(value):
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise _refuse(f"{name}[{index}]", text, f"in {limit}")
+            raise refuse(f"{name}[{index}]", text, f"in {limit}")
     return tuple(value)
 
 
 def _token_ids(least: int) -> Callable[[str, object], tuple[int, ...]]:
     def check(name: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, list) or not least <= len(value) <= MAX_TOKEN_IDS:
-            raise _refuse(name, value, f"a list of {least} to {MAX_TOKEN_IDS} token ids")
+            raise refuse(name, value, f"a list of {least} to {MAX_TOKEN_IDS} token ids")
         return tuple(dict.fromkeys(_token_id(f"{name}[{index}]", token) for index, token in enumerate(value)))
 
     return check
@@ -113,13 +132,13 @@ def _token_ids(least: int) -> Callable[[str, object], tuple[int, ...]]:
 
 def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict) or len(value) > MAX_TOKEN_IDS:
-        raise _refuse(name, value, f"an object of at most {MAX_TOKEN_IDS} token ids and their biases")
+        raise refuse(name, value, f"an object of at most {MAX_TOKEN_IDS} token ids and their biases")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         digits = key.isascii() and key.isdecimal() and len(key) <= len(str(MAX_TOKEN_ID))
         token = _token_id(f"{name}'s key", int(key) if digits else key)
         if token in biases:
-            raise _refuse(f"{name}'s key", key, "there once")
+            raise refuse(f"{name}'s key", key, "there once")
         biases[token] = _bias(f"{name}[{key}]", bias)
     return tuple(biases.items())
 

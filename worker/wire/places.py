@@ -6,8 +6,7 @@ from worker.errors import ForbiddenOutput, InvalidMessage
 from worker.jobs import Job, Output
 from worker.wire.checks import show, unknown
 
-FORMATS = ("native",)
-PLANNED_FORMATS = ("openai", "bedrock")
+FORMATS = ("native", "openai", "bedrock")
 # An S3 key has 1024 bytes, of which the job id takes up to 128 and the file's name about 40.
 MAX_PREFIX_BYTES = 850
 
@@ -35,12 +34,18 @@ def job_prefix(output: Output, job_id: str) -> str:
 def result_uri(job: Job, part: int = 0, parts: int = 1) -> str:
     """Where part `part` (from 0) of `parts` goes."""
     assert 0 <= part < parts, (part, parts)
-    return f"{job_prefix(job.output, job.id)}results-{part:05d}-of-{parts:05d}.jsonl"
+    suffix = ".out" if job.output.format == "bedrock" else ""
+    return f"{job_prefix(job.output, job.id)}results-{part:05d}-of-{parts:05d}.jsonl{suffix}"
 
 
 def manifest_uri(output: Output, job_id: str) -> str:
     """Where the manifest goes: the commit of the whole job."""
     return job_prefix(output, job_id) + "manifest.json"
+
+
+def summary_uri(job: Job) -> str:
+    """Where Bedrock's own manifest goes, of a job with that output format."""
+    return manifest_uri(job.output, job.id) + ".out"
 
 
 def cancel_uri(output: Output, job_id: str) -> str:
@@ -65,10 +70,8 @@ def _format(value: Mapping[str, object]) -> str:
     said = value.get("format")
     if said is None:
         return FORMATS[0]
-    if said in PLANNED_FORMATS:
-        raise InvalidMessage(f"output.format {said} is not supported by this version; supported: native")
     if said not in FORMATS:
-        raise InvalidMessage(f"output.format is {show(said)}; it must be native")
+        raise InvalidMessage(f"output.format is {show(said)}; it must be native, openai or bedrock")
     return str(said)
 
 

@@ -1,13 +1,13 @@
-"""Result files: one JSON line per row, in input order, errors included; and what such a file adds up to."""
+"""A row's result as a line of this project's own, and what the lines of a file add up to."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from worker.errors import LoramillError
-from worker.jobs import Failure, RowResult, TokenDetail
+from worker.jobs import Failure, RowResult, Task, TokenDetail
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -44,6 +44,33 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     error: Failure | None
 
 
+class ScoreLine(msgspec.Struct, frozen=True, kw_only=True):
+    """The line of a row that was scored. Logarithms are natural ones."""
+
+    id: str
+    index: int
+    adapter: str
+    adapter_version: str | None
+    logprob: float | None
+    """The sum of the next; null where the row failed, as are the next two."""
+    token_logprobs: tuple[float, ...] | None
+    is_greedy: bool | None
+    finish_reason: str
+    usage: Usage
+    details: Details | msgspec.UnsetType = msgspec.UNSET
+    error: Failure | None
+
+
+class Counted(msgspec.Struct, frozen=True, kw_only=True):
+    """What one line says to a tally. By these names, it is also how a native line is read."""
+
+    adapter: str
+    adapter_version: str | None
+    usage: Usage
+    error: Failure | None
+    """Only its code counts."""
+
+
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
     """What a manifest says about one result file, or by `total` about several."""
 
@@ -62,9 +89,11 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
         return self.rows - self.completed
 
 
-def result_line(result: RowResult) -> ResultLine:
+def result_line(result: RowResult) -> ResultLine | ScoreLine:
     """One row's outcome as a line. A failed row keeps no text."""
-    failure = result.failure or result.row.failure
+    failure = failure_in(result)
+    if result.row.task is Task.SCORE:
+        return _score_line(result, failure)
     return ResultLine(
         id=result.row.id,
         index=result.row.index,
@@ -78,20 +107,38 @@ def result_line(result: RowResult) -> ResultLine:
     )
 
 
-def encode_rows(results: Sequence[RowResult]) -> bytes:
-    """The bytes of one result file: UTF-8, a newline after every line, in the order given."""
-    return b"".join(_encode(result_line(result)) + b"\n" for result in results)
+def _score_line(result: RowResult, failure: Failure | None) -> ScoreLine:
+    score = None if failure else result.score
+    return ScoreLine(
+        id=result.row.id,
+        index=result.row.index,
+        adapter=result.row.adapter or "",
+        adapter_version=result.adapter_version,
+        logprob=None if score is None else math.fsum(score.log_probs),
+        token_logprobs=None if score is None else score.log_probs,
+        is_greedy=None if score is None else score.is_greedy,
+        finish_reason="error" if failure else result.finish_reason.value,
+        usage=Usage(result.prompt_tokens, result.completion_tokens),
+        details=msgspec.UNSET if failure else _details(result),
+        error=failure,
+    )
 
 
-def tally(jsonl: bytes) -> Tally:
-    """Add up a result file, so that a manifest can be made of a committed part alone.
+def failure_in(result: RowResult) -> Failure | None:
+    """Why the row failed, if it did: in the engine or while it was read."""
+    return result.failure or result.row.failure
 
-    Raises LoramillError when the bytes are not a result file.
-    """
+
+def encode(line: msgspec.Struct) -> bytes:
+    """UTF-8, on one line. Half of a surrogate pair, from a tokenizer or an error's text, becomes "?"."""
     try:
-        lines = _LINES.decode_lines(jsonl)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LoramillError(f"not a result file: {error}") from error
+        return _ENCODER.encode(line)
+    except UnicodeEncodeError:
+        return _ENCODER.encode(_writable(msgspec.to_builtins(line)))
+
+
+def add_up(lines: Sequence[Counted], jsonl: bytes) -> Tally:
+    """The tally of a file with these lines and these bytes."""
     errors = Counter(line.error.code for line in lines if line.error is not None)
     return Tally(
         rows=len(lines),
@@ -119,14 +166,6 @@ def total(tallies: Sequence[Tally]) -> Tally:
 
 
 _ENCODER = msgspec.json.Encoder()
-_LINES = msgspec.json.Decoder(ResultLine)
-
-
-def _encode(line: ResultLine) -> bytes:
-    try:
-        return _ENCODER.encode(line)
-    except UnicodeEncodeError:  # half of a surrogate pair, from a tokenizer or an error's text
-        return _ENCODER.encode(_writable(msgspec.to_builtins(line)))
 
 
 def _writable(value: object) -> object:
