@@ -59,7 +59,7 @@ def test_no_command_shows_the_help(cli):
 
 
 @pytest.mark.parametrize(
-    "command", ["worker", "sync", "push", "enqueue", "results", "redrive", "doctor", "demo"]
+    "command", ["worker", "sync", "push", "enqueue", "results", "cancel", "redrive", "doctor", "demo"]
 )
 def test_every_command_explains_itself(cli, command):
     result = cli(command, "--help", COLUMNS="200")
@@ -296,3 +296,34 @@ def test_worker_takes_the_open_files_that_it_is_granted():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", ["results", "cancel"])
+@pytest.mark.parametrize("job_id", ["", "..", "../../x", "a b", "x" * 129])
+def test_what_is_no_job_id_is_misuse(cli, command, job_id):
+    result = cli(command, "--output", OUT, "--", job_id)
+    assert_misuse(result, f"JOB is {job_id!r}; it must be")
+
+
+def test_task_and_format_are_in_the_message(cli, sent):
+    given = ["--queue-url", QUEUE, "--output", OUT, "--id", "j"]
+    rows = b'{"input": "Bees make", "target": " honey"}'
+    assert cli("enqueue", *given, "--file", "-", "--task", "score", stdin=rows).exit_code == 0
+    assert cli("enqueue", *given, "hello", "--format", "openai").exit_code == 0
+    (_, score), (_, openai) = sent
+    assert score["task"] == "score"
+    assert openai["output"] == {"uri": OUT, "format": "openai"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--task", "guess"], "task is 'guess'"),
+        (["--format", "csv", "--output", OUT], "output.format is 'csv'"),
+        (["--format", "openai"], "--format: say where the results go"),
+    ],
+)
+def test_task_and_format_that_no_worker_knows_are_misuse(cli, arguments, line):
+    result = cli("enqueue", "--queue-url", QUEUE, "hello", *arguments)
+    assert result.exit_code == 2
+    assert line in result.stderr

@@ -15,7 +15,7 @@ from worker.adapter_room import AdapterRoom
 from worker.engine.adapter_loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore
-from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, RowFailed
+from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, OutOfMemory, RowFailed
 from worker.jobs import AdapterKey, Completion, InferenceRequest
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,8 @@ class Bridge:
             self._room.release(key)
             if isinstance(exc, OSError):
                 raise RowFailed(f"Adapter {adapter.name} could not be read: {exc}") from exc
+            if isinstance(exc, MemoryError):
+                raise OutOfMemory(f"Adapter {adapter.name} finds no memory: {exc}") from exc
             raise
 
     async def _fly(self, request: InferenceRequest) -> Completion:

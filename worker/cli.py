@@ -19,9 +19,11 @@ from adapters_sync import logs
 from adapters_sync.errors import SyncError
 from adapters_sync.settings import describe
 from worker.errors import InvalidMessage, LoramillError, SettingsError
+from worker.jobs import Output
 from worker.model_source import local_properties
 from worker.options import with_settings
 from worker.settings import KNOWN_NAMES, Settings, read_settings
+from worker.wire.native import is_job_id
 
 FAILED, MISUSED = 1, 2
 
@@ -34,6 +36,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+_OutputOption = Annotated[
+    str | None,
+    typer.Option("--output", metavar="URI", help="The job's output. Default: the first of OUTPUT_PREFIXES."),
+]
 _INFOS = describe(Settings)
 _QUEUE = [info for info in _INFOS if info.name == "queue_url"]
 _OUTPUT = [info for info in _INFOS if info.name == "output_prefixes"]
@@ -102,6 +108,14 @@ def enqueue(
         bool,
         typer.Option("--chat", help="Put each PROMPT through the model's chat template, as a user says it."),
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="generate|score", help="score: how likely are the rows' targets?"),
+    ] = None,
+    output_format: Annotated[
+        str,
+        typer.Option("--format", metavar="native|openai|bedrock", help="The form of the result lines."),
+    ] = "native",
     wait: Annotated[
         float | None,
         typer.Option("--wait", metavar="SECONDS", help="Wait so long for the results, and print them."),
@@ -115,18 +129,23 @@ def enqueue(
     with _readable_errors(debug):
         settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
         output = output or next(iter(settings.output_prefixes), None)
-        if wait is not None and output is None:
-            raise SettingsError(
-                ["--wait: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
-            )
+        for flag, needs_output in (("--wait", wait is not None), ("--format", output_format != "native")):
+            if needs_output and output is None:
+                raise SettingsError(
+                    [f"{flag}: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
+                )
         from worker.client import build_job, send_job  # noqa: PLC0415 (the AWS SDK)
 
         job_id = job_id or uuid.uuid4().hex
-        body = build_job(_rows(prompts, file, chat=chat), adapter, _parameters(parameter), job_id, output)
+        rows = _rows(prompts, file, chat=chat)
+        place = None if output is None else Output(output, output_format)
+        body, digest = build_job(
+            rows, adapter, _parameters(parameter), job_id=job_id, output=place, task=task
+        )
         asyncio.run(send_job(str(settings.queue_url), body))
         typer.echo(job_id)
         if wait is not None and output is not None:
-            _results(output, job_id, wait, None)
+            _results(output, job_id, wait, None, digest)
 
 
 @app.command()
@@ -135,15 +154,12 @@ def results(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
     *,
     flags: dict[str, Any],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", metavar="URI", help="The job's output. Default: the first of OUTPUT_PREFIXES."
-        ),
-    ] = None,
+    output: _OutputOption = None,
     to: Annotated[
         Path | None,
-        typer.Option("--to", "-o", metavar="FILE", help="Packed if its name ends in .gz. Default: stdout."),
+        typer.Option(
+            "--to", "-o", metavar="FILE", help='Packed if its name ends in .gz. Default: "-", stdout.'
+        ),
     ] = None,
     wait: Annotated[
         float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait so long for the job to end.")
@@ -155,11 +171,27 @@ def results(
     The exit code is 1 when the job, or any of its rows, failed; lines of rows that did not are there still.
     """
     with _readable_errors(debug):
-        settings = read_settings(environ=dict(os.environ), flags=flags)
-        place = output or next(iter(settings.output_prefixes), None)
-        if place is None:
-            raise SettingsError(["--output: say where the results are; or set LORAMILL_OUTPUT_PREFIXES"])
-        _results(place, job_id, wait, to)
+        _results(_place(flags, output), _job_id(job_id), wait, None if to == Path("-") else to)
+
+
+@app.command()
+@with_settings(_OUTPUT)
+def cancel(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
+    *,
+    flags: dict[str, Any],
+    output: _OutputOption = None,
+    debug: _Debug = False,
+) -> None:
+    """Have workers start no more rows of a job. The others' results are kept; its manifest says cancelled.
+
+    The exit code is 1 when the job has ended already.
+    """
+    with _readable_errors(debug):
+        from worker.follow import cancel_job  # noqa: PLC0415 (the AWS SDK)
+
+        if not asyncio.run(cancel_job(_place(flags, output), _job_id(job_id))):
+            raise LoramillError(f"job {job_id} has ended already")
 
 
 @app.command()
@@ -178,12 +210,14 @@ def redrive(
         from worker.client import redrive_all  # noqa: PLC0415 (the AWS SDK)
 
         with Console(stderr=True).status("moving messages") as status:
-            moved, source = asyncio.run(
+            moved, left, source = asyncio.run(
                 redrive_all(
                     str(settings.queue_url), limit, lambda moved: status.update(f"{moved} messages moved")
                 )
             )
         typer.echo(f"{moved} messages moved from {source}")
+        if left.in_flight and limit is None:
+            typer.echo(f"loramill: {left.in_flight} messages are in flight there and were not seen", err=True)
 
 
 @app.command()
@@ -207,6 +241,8 @@ def doctor(
         from worker.doctor import Verdict, examine, least_policy  # noqa: PLC0415 (the AWS SDK)
 
         if policy:
+            if not settings.queue_url and not settings.output_prefixes:
+                raise SettingsError(["--policy: say what it is for: queue_url, output_prefixes, model"])
             typer.echo(msgspec.json.format(msgspec.json.encode(least_policy(settings)), indent=2).decode())
             return
         with Console(stderr=True).status("looking"):
@@ -253,14 +289,38 @@ def _let_threads_sleep() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
-def _results(output: str, job_id: str, wait: float, to: Path | None) -> None:
-    """Print or save the results of a job. Raises LoramillError when a row failed, too."""
-    from worker.follow import print_results  # noqa: PLC0415 (the AWS SDK)
+def _place(flags: dict[str, Any], output: str | None) -> str:
+    """Where a job's results are."""
+    settings = read_settings(environ=dict(os.environ), flags=flags)
+    place = output or next(iter(settings.output_prefixes), None)
+    if place is None:
+        raise SettingsError(["--output: say where the results are; or set LORAMILL_OUTPUT_PREFIXES"])
+    return place
 
-    with Console(stderr=True).status("waiting for the results"):
+
+def _job_id(text: str) -> str:
+    if not is_job_id(text):
+        raise InvalidMessage(f"JOB is {text!r}; it must be 1 to 128 of A-Z a-z 0-9 . _ -, and not . or ..")
+    return text
+
+
+def _results(output: str, job_id: str, wait: float, to: Path | None, digest: str | None = None) -> None:
+    """Print or save the results of a job. Raises LoramillError when a row failed, too."""
+    from worker.follow import fetch_results  # noqa: PLC0415 (the AWS SDK)
+
+    sys.stdout.flush()  # what was printed before goes before
+    target = to or sys.stdout.buffer
+    with Console(stderr=True).status("waiting for the results") as status:
+        fetching = fetch_results(
+            output,
+            job_id,
+            wait,
+            target,
+            digest=digest,
+            on_manifest=status.stop if to is None else lambda: None,
+        )
         try:
-            sys.stdout.flush()  # what was printed before goes before
-            manifest = asyncio.run(print_results(output, job_id, wait, to or sys.stdout.buffer))
+            manifest = asyncio.run(fetching)
             sys.stdout.flush()
         except OSError as exc:
             raise LoramillError(f"{to or 'stdout'}: {exc.strerror}") from exc

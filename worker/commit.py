@@ -51,6 +51,10 @@ class Committer:
             raise _reused(job)
         return manifest is not None and _is_final(manifest)
 
+    async def is_cancelled(self, job: Job) -> bool:
+        """Whether its sender has taken the job back; see `follow.cancel`."""
+        return await self._store.head(wire.cancel_uri(job.output, job.id)) is not None
+
     async def part(self, job: Job) -> Part | None:
         """The results that an earlier attempt at this job committed. Raises JobIdReused as above."""
         try:

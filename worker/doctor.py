@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from worker.errors import LoramillError, ObjectExists, ObjectNotFound, StoreRefused
+from worker.errors import LoramillError, ObjectExists, ObjectNotFound, QueueUnavailable, StoreRefused
 from worker.settings import Settings
 from worker.transport.clients import Clients
-from worker.transport.queue import QueueInfo, SqsQueue
+from worker.transport.queue import Outcome, QueueInfo, SqsQueue
 from worker.transport.store import S3Store, Store
 
-_PROBE = ".loramill-doctor"
+_PROBE, _RECEIPT = ".loramill-doctor", "loramill-doctor"
 _FEWEST_RECEIVES = 3
 _DAY_SECONDS = 86_400
 
@@ -46,6 +46,7 @@ async def examine(settings: Settings) -> Findings:
     async with Clients(max_attempts=2) as clients:
         store = S3Store(clients)
         looks = [
+            _settings(settings),
             *([_queue(clients, settings.queue_url)] if settings.queue_url else []),
             *(_outputs(store, prefix) for prefix in _written(settings)),
             *([_adapters(store, settings.mirror_uri)] if settings.mirror_uri else []),
@@ -56,6 +57,16 @@ async def examine(settings: Settings) -> Findings:
         return [finding for found in await asyncio.gather(*looks) for finding in found]
 
 
+async def _settings(settings: Settings) -> Findings:
+    """Those without which no worker starts."""
+    needed = {"QUEUE_URL": settings.queue_url, "OUTPUT_PREFIXES": settings.output_prefixes}
+    return [
+        Finding(f"setting {name}", Verdict.FAILED, "it is not set, and a worker needs it")
+        for name, value in (needed | {"MODEL": settings.model}).items()
+        if not value
+    ]
+
+
 async def _queue(clients: Clients, url: str) -> Findings:
     queue = SqsQueue(clients, url)
     what = f"queue {url}"
@@ -63,8 +74,8 @@ async def _queue(clients: Clients, url: str) -> Findings:
     async def look() -> Findings:
         info = await queue.describe()
         # A receipt that nobody has: what is answered is whether we may.
-        await queue.extend(["loramill-doctor"], 0)
-        await queue.delete(["loramill-doctor"])
+        _refuse_failed(await queue.extend([_RECEIPT], 0))
+        _refuse_failed(await queue.delete([_RECEIPT]))
         count = f"{info.messages} messages wait, {info.in_flight} are in flight"
         found = [Finding(what, Verdict.OK, count), *_habits(what, info)]
         if info.dead_letter_arn is not None:
@@ -72,6 +83,11 @@ async def _queue(clients: Clients, url: str) -> Findings:
         return found
 
     return await _judged(what, look)
+
+
+def _refuse_failed(outcome: Outcome) -> None:
+    for reason in outcome.failed.values():
+        raise QueueUnavailable(reason)
 
 
 def _habits(what: str, info: QueueInfo) -> Findings:
@@ -119,6 +135,8 @@ async def _outputs(store: Store, prefix: str) -> Findings:
         except ObjectNotFound:
             pass
         except StoreRefused as error:
+            if "AccessDenied" not in str(error):
+                raise
             text = "s3:ListBucket is missing: without it S3 says forbidden of what is not there"
             return [Finding(what, Verdict.FAILED, f"{text} ({error})")]
         await _put_once(store, uri)
@@ -155,7 +173,7 @@ async def _events(clients: Clients, url: str) -> Findings:
     what = f"events {url}"
 
     async def look() -> Findings:
-        await SqsQueue(clients, url).delete(["loramill-doctor"])
+        _refuse_failed(await SqsQueue(clients, url).delete([_RECEIPT]))
         return [Finding(what, Verdict.OK, "messages may be deleted")]
 
     return await _judged(what, look)
@@ -163,31 +181,40 @@ async def _events(clients: Clients, url: str) -> Findings:
 
 async def _weights(store: Store, weights: str) -> Findings:
     what = f"model {weights}"
-    if not weights.startswith("s3://"):
-        if await asyncio.to_thread(Path(weights).is_dir):
-            there = await asyncio.to_thread((Path(weights) / "config.json").is_file)
-            text = "config.json is there" if there else "it has no config.json"
-            return [Finding(what, Verdict.OK if there else Verdict.FAILED, text)]
-        return [Finding(what, Verdict.OK, "a name on a model hub, which was not asked")]
 
     async def look() -> Findings:
-        config = await store.head(f"{weights.rstrip('/')}/config.json")
-        if config is None:
-            return [Finding(what, Verdict.FAILED, "it has no config.json, or s3:GetObject is missing")]
-        return [Finding(what, Verdict.OK, "config.json is there")]
+        if weights.startswith("s3://"):
+            prefix = f"{weights.rstrip('/')}/"
+            await _first(store, prefix)
+            there = await store.head(f"{prefix}config.json") is not None
+        elif await asyncio.to_thread(Path(weights).is_dir):
+            there = await asyncio.to_thread((Path(weights) / "config.json").is_file)
+        else:
+            return [Finding(what, Verdict.OK, "a name on a model hub, which was not asked")]
+        text = "config.json is there" if there else "config.json is not there"
+        return [Finding(what, Verdict.OK if there else Verdict.FAILED, text)]
 
     return await _judged(what, look)
 
 
 async def _folders(settings: Settings) -> Findings:
+    folders = {"cache": settings.cache_path}
+    if settings.sync and settings.adapters_path is not None:
+        folders["adapters folder"] = settings.adapters_path
     found = []
-    for what, folder in (("adapters folder", settings.adapters_path), ("cache", settings.cache_path)):
-        if folder is not None and (what == "cache" or settings.sync):
-            place = await asyncio.to_thread(_nearest, folder)
-            may = os.access(place, os.W_OK)
-            text = "can be written" if may else f"{place} cannot be written"
-            found.append(Finding(f"{what} {folder}", Verdict.OK if may else Verdict.FAILED, text))
+    for name, folder in folders.items():
+        found += await _folder_of(f"{name} {folder}", folder)
     return found
+
+
+async def _folder_of(what: str, folder: Path) -> Findings:
+    async def look() -> Findings:
+        place = await asyncio.to_thread(_nearest, folder)
+        if os.access(place, os.W_OK | os.X_OK) and await asyncio.to_thread(place.is_dir):
+            return [Finding(what, Verdict.OK, "can be written")]
+        return [Finding(what, Verdict.FAILED, f"{place} is no folder that can be written")]
+
+    return await _judged(what, look)
 
 
 def _nearest(folder: Path) -> Path:
@@ -217,7 +244,7 @@ async def _read_a_byte(store: Store, uri: str) -> None:
 async def _judged(what: str, look: Callable[[], Awaitable[Findings]]) -> Findings:
     try:
         return await look()
-    except LoramillError as error:
+    except (LoramillError, OSError) as error:
         return [Finding(what, Verdict.FAILED, str(error))]
 
 
@@ -261,7 +288,11 @@ def queue_arn(url: str) -> str:
     account, _, name = path.partition("/")
     parts = host.split(".")
     region = parts[1] if parts[0] == "sqs" and len(parts) > 2 else "*"
-    return f"arn:aws:sqs:{region}:{account}:{name}"
+    return f"arn:{_partition(region)}:sqs:{region}:{account}:{name}"
+
+
+def _partition(region: str) -> str:
+    return {"cn": "aws-cn", "us-gov": "aws-us-gov"}.get(region.rpartition("-")[0].rpartition("-")[0], "aws")
 
 
 def _objects(uri: str) -> str:

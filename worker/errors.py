@@ -15,6 +15,7 @@ LoramillError
 │   ├── AdapterNotFound      no adapter of that name, or LoRA is off
 │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
 │   ├── Expired              not started within the job's ttl_seconds
+│   ├── Cancelled            not started before its sender took the job back
 │   ├── OutOfMemory          the row alone does not fit
 │   ├── AdapterStoreFull     host memory is full of adapters in use or pinned
 │   └── RowFailed            anything else that is this row's own
@@ -129,6 +130,12 @@ class AdapterInvalid(RowError):
 
 class Expired(RowError):
     code = "expired"
+
+
+class Cancelled(RowError):
+    """The job was cancelled before the row was started."""
+
+    code = "cancelled"
 
 
 class OutOfMemory(RowError):

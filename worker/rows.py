@@ -16,7 +16,7 @@ from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
-from worker.errors import EngineFailed, Expired, RowError
+from worker.errors import Cancelled, EngineFailed, Expired, RowError
 from worker.jobs import (
     AdapterKey,
     Completion,
@@ -34,12 +34,14 @@ from worker.wire.checks import failure_of
 class Hold:
     """The rows of a job that is at work, and how many of them have no result yet."""
 
-    __slots__ = ("began", "job", "left")
+    __slots__ = ("began", "cancelled", "job", "left")
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.left = len(job.rows)
         self.began = time.monotonic()
+        self.cancelled = False
+        """Whoever sets this has rows fail that are not started yet."""
 
 
 class _Encoded(NamedTuple):
@@ -117,6 +119,8 @@ class RowRunner:
             return RowResult(row=row, failure=row.failure)
         version = None
         try:
+            if hold.cancelled:
+                raise Cancelled(f"Job {job.id} was cancelled before this row was started")
             if job.expires_at is not None and self._clock() > job.expires_at:
                 raise Expired(
                     f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job"

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from worker import wire
 from worker.commit import Committer
 from worker.errors import EngineFailed, JobError, JobIdReused, LeaseLost, LoramillError, QueueRefused
-from worker.jobs import Delivery, Failure, Job
+from worker.jobs import Delivery, Failure, Job, RowResult
 from worker.metrics import Metrics
 from worker.rows import Hold, RowRunner
 from worker.transport.lease import Lease, LeaseState
@@ -25,6 +25,8 @@ from worker.wire.manifest import Manifest
 logger = logging.getLogger(__name__)
 
 _MAX_BACKOFF_SECONDS = 900
+_CANCEL_SECONDS = 10.0
+"""Between two looks whether a job was cancelled, while its rows are at work."""
 
 
 class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +51,9 @@ class Runner:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._sleep = sleep
         self._limits = limits
         self._rows = rows
         self._committer = committer
@@ -122,7 +126,7 @@ class Runner:
         started_at = self._clock()
         part = await self._committer.part(job)
         if part is None:
-            results = await self._rows.run(hold)
+            results = await self._results(hold)
             body = wire.encode_rows(job, results, base_model=self._committer.base_model)
             part = await self._committer.commit_part(job, body)
         manifest = await self._committer.commit(job, part, started_at)
@@ -134,6 +138,23 @@ class Runner:
             extra={"job_id": job.id, "rows": len(job.rows), "status": manifest.status.value},
         )
         return "committed"
+
+    async def _results(self, hold: Hold) -> list[RowResult]:
+        """Run the rows; those that are not started when the job is cancelled fail by that."""
+        hold.cancelled = await self._committer.is_cancelled(hold.job)
+        looking = asyncio.create_task(self._look_for_cancel(hold), name=f"cancel-{hold.job.id}")
+        try:
+            return await self._rows.run(hold)
+        finally:
+            looking.cancel()
+
+    async def _look_for_cancel(self, hold: Hold) -> None:
+        while not hold.cancelled:
+            await self._sleep(_CANCEL_SECONDS)
+            try:
+                hold.cancelled = await self._committer.is_cancelled(hold.job)
+            except LoramillError as exc:
+                logger.info("it is not known whether a job was cancelled: %s", exc)
 
     async def _reject(self, delivery: Delivery, error: JobError) -> str:
         """Leave word of a job that can never succeed: a `failed` manifest, else a dead letter."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE, AdapterLoader
+from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE, AdapterLoader, _Remembered
 from worker.engine.base_model import load_base_model
 from worker.engine.limits import EngineLimits
 from worker.engine.model_runner import ModelRunner
@@ -620,6 +620,57 @@ def test_header_is_judged_once_and_the_size_of_every_file(folder, targets, tmp_p
         with pytest.raises(AdapterInvalid, match=f"{WEIGHTS_FILE} has {len(damaged)} bytes") as raised:
             loader(KEY, folder)
         assert raised.value.kind == "file"
+
+
+@pytest.mark.parametrize("when", ["reading", "scaling", "judging"])
+def test_moment_without_memory_says_nothing_about_the_adapter(when, folder, targets, monkeypatch):
+    """RuntimeErrors are how torch says so; who remembers which adapters are bad must not remember this."""
+    from worker.engine import adapter_loader
+
+    loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
+
+    def no_memory(*given, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        if when == "judging":
+            patch.setattr(adapter_loader, "safe_open", no_memory)
+        else:
+            patch.setattr(torch, "empty" if when == "reading" else "_foreach_mul_", no_memory)
+        with pytest.raises(MemoryError, match="can't allocate"):
+            loader(KEY, folder)
+    assert loader(KEY, folder).pairs
+
+
+def test_what_is_remembered_is_bounded_and_what_was_used_last_stays():
+    remembered = _Remembered()
+    made = []
+
+    def get(number):
+        return remembered.get(b"%d" % number, lambda: made.append(number) or number)
+
+    for number in range(200):
+        get(number)
+        get(0)
+    assert made == list(range(200))
+    get(199)
+    assert len(made) == 200
+    get(1)
+    assert len(made) == 201
+    assert len(remembered._known) <= 64
+
+
+def test_header_longer_than_any_is_refused_before_it_is_read(folder, targets):
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    assert "a header of 1099511627776 bytes in a file of 10" in refusal(folder, targets)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_folder_in_place_of_a_file_is_refused(name, folder, targets):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert f"{name} cannot be read" in refusal(folder, targets)
 
 
 def test_file_that_is_replaced_while_its_header_is_judged_says_nothing(folder, targets, monkeypatch):

@@ -1,5 +1,7 @@
 """How the LoRA kernels are fitted to a device: what is timed, chosen and kept. Nothing is launched here."""
 
+import threading
+from collections import Counter
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -116,8 +118,8 @@ def test_what_is_hardly_faster_is_noise():
 
 def test_tiling_that_does_not_fit_the_device_is_passed_over_even_the_default():
     work = WORKS[3]
-    too_much = OutOfResources(200, 100, "shared memory")
-    timer = FakeTimer({(work, default_tiling(work)): too_much, (work, shrinks_to_try(work)[1]): too_much})
+    too_much, error = OutOfResources(200, 100, "shared memory"), RuntimeError("Triton Error [CUDA]")
+    timer = FakeTimer({(work, default_tiling(work)): too_much, (work, shrinks_to_try(work)[1]): error})
     assert tune(timer).tilings[work] == shrinks_to_try(work)[2]
 
 
@@ -152,7 +154,7 @@ def test_what_was_found_is_kept_and_not_timed_again(tmp_path):
     fit = tune(timer, file=file)
     assert tune(again, file=file) == fit
     assert not again.asked
-    assert [path.name for path in file.parent.iterdir()] == ["gpu.json"]
+    assert {path.name for path in file.parent.iterdir()} == {"gpu.json", "gpu.json.lock"}
 
 
 @pytest.mark.parametrize(
@@ -205,17 +207,62 @@ class Clock:
 
 
 def test_time_is_bounded_and_the_next_start_goes_on(tmp_path):
-    file, seen = tmp_path / "gpu.json", set()
+    """A search that was cut off is begun anew: what it would have found is not known."""
+    file, seen, late = tmp_path / "gpu.json", Counter(), expands_to_try(default_tiling(WORKS[0]))[-1]
     for _ in range(40):
-        timer = FakeTimer(call=0.7)
-        fit = tune(timer, file=file, seconds=12.0, clock=Clock())
-        assert len(timer.tilings) <= 14
+        timer = FakeTimer({(WORKS[0], late): 0.5}, call=0.7)
+        fit = tune(timer, file=file, seconds=18.0, clock=Clock())
+        assert len(timer.tilings) <= 20
         assert fit.tilings.keys() == set(WORKS), "what is not known has its default"
-        seen.update(timer.tilings)
+        seen.update(work for work, _ in timer.tilings)
         if not timer.asked:
             break
-    assert {work for work, _ in seen} == set(WORKS)
+    assert seen.keys() == set(WORKS)
     assert fit.dense_from == 128
+    assert fit.tilings[WORKS[0]] == late
+
+
+def test_workers_that_start_at_once_find_the_same(tmp_path):
+    """One of them tunes, and the others wait for what it finds."""
+    file, timers, fits = tmp_path / "gpu.json", [], []
+
+    def start(number):
+        favourite = shrinks_to_try(WORKS[0])[1 + number]
+        timers.append(FakeTimer({(WORKS[0], favourite): 0.5}))
+        fits.append(tune(timers[-1], file=file))
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(bool(timer.asked) for timer in timers) == 1
+    assert all(fit == fits[0] for fit in fits)
+
+
+def test_what_is_known_needs_no_memory(tmp_path, monkeypatch):
+    file, work = tmp_path / "gpu.json", WORKS[1]
+    found = tune(FakeTimer({(work, shrinks_to_try(work)[2]): 0.1}), file=file)
+
+    def no_memory(*given):
+        raise torch.OutOfMemoryError("64 MiB")
+
+    monkeypatch.setattr(tuning, "Trial", no_memory)
+    assert tune(FakeTimer(), file=file) == found
+
+
+@pytest.mark.parametrize("change", [{"splits": 3}, {"ranks": 8}, {"columns": 48}, {"shrink_warps": 6}])
+def test_tiling_that_the_kernels_cannot_be_cut_by_is_found_anew(change, tmp_path, caplog):
+    file = tmp_path / "gpu.json"
+    tune(FakeTimer(), file=file)
+    known = msgspec.json.decode(file.read_bytes())
+    name = next(iter(known["tilings"]))
+    known["tilings"][name] = list(default_tiling(WORKS[0])._replace(**change))
+    file.write_bytes(msgspec.json.encode(known))
+    timer = FakeTimer()
+    assert tune(timer, file=file).tilings == {work: default_tiling(work) for work in WORKS}
+    assert {work for work, _ in timer.tilings} == {WORKS[0]}
+    assert "makes no sense" in caplog.text
 
 
 def test_no_time_means_defaults_and_what_is_known(tmp_path):
@@ -229,7 +276,17 @@ def test_no_time_means_defaults_and_what_is_known(tmp_path):
     assert found.tilings[work] == shrink
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"tilings": {"64 to 64": [1, 2]}}', b"\xff", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"tilings": {"64 to 64": [1, 2]}}',
+        b'{"tilings": {"a": [0,32,16,4,3,64,4,2]}}',
+        b"\xff",
+        None,
+    ],
+)
 def test_file_that_cannot_be_read_is_replaced(content, tmp_path, caplog):
     file = tmp_path / "gpu.json"
     if content is None:
@@ -250,7 +307,7 @@ def test_no_memory_to_tune_in_leaves_the_defaults(monkeypatch, caplog):
 
     monkeypatch.setattr(tuning, "Trial", no_memory)
     fit = tune(FakeTimer())
-    assert (fit.tilings, fit.dense_from) == ({}, None)
+    assert (fit.tilings, fit.dense_from) == ({work: default_tiling(work) for work in WORKS}, None)
     assert "no memory to tune kernels in" in caplog.text
 
 

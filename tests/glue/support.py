@@ -177,7 +177,8 @@ class World:
 
     @property
     def runner(self) -> Runner:
-        return Runner(self.limits, self.rows, self.committer, self.metrics, clock=self.clock)
+        timing: Any = {"clock": self.clock, "sleep": self.clock.sleep}
+        return Runner(self.limits, self.rows, self.committer, self.metrics, **timing)
 
     def keeper(self) -> LeaseKeeper:
         return LeaseKeeper(self.queue, VISIBILITY, clock=self.clock, sleep=self.clock.sleep)

@@ -7,6 +7,8 @@ import os
 
 import boto3
 import pytest
+from aiobotocore.client import AioBaseClient
+from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
 from tests.sync import servers
@@ -96,20 +98,73 @@ def test_looking_at_a_queue_touches_no_message(account):
 
 
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("options", "what", "why"),
     [
-        ({"queue": "http://127.0.0.1:1/123456789012/none"}, "queue"),
-        ({"output": "s3://no-such-bucket/out/"}, "output"),
-        ({"model": "s3://no-such-bucket/model/"}, "adapters"),
-        ({"model": "s3://bucket/no-such-model/"}, "model"),
+        ({"queue": "http://127.0.0.1:1/123456789012/none"}, "queue", "NonExistentQueue"),
+        ({"output": "s3://no-such-bucket/out/"}, "output", "NoSuchBucket"),
+        ({"model": "s3://no-such-bucket/model/"}, "adapters", "NoSuchBucket"),
+        ({"model": "s3://bucket/no-such-model/"}, "model", "config.json is not there"),
     ],
 )
-def test_what_a_worker_cannot_do_without_is_told_with_exit_code_1(account, options, what):
+def test_what_a_worker_cannot_do_without_is_told_with_exit_code_1(account, options, what, why):
     result = doctor(account, "--json", **options)
     assert result.exit_code == 1, result.output
     failed = {found: message for verdict, found, message in findings(result) if verdict == "failed"}
-    assert what in failed
-    assert failed[what]
+    assert why in failed[what]
+    assert "ListBucket is missing" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("calls", "what"),
+    [
+        (("sqs", "ChangeMessageVisibilityBatch"), "queue"),
+        (("sqs", "DeleteMessageBatch"), "queue"),
+        (("s3", "GetObject"), "output"),
+        (("s3", "GetObject", "/.loramill-doctor"), "output"),
+        (("s3", "GetObject", "a/adapter_config.json"), "adapters"),
+        (("s3", "ListObjectsV2"), "model"),
+    ],
+)
+def test_missing_right_is_found_by_trying(account, calls, what, monkeypatch):
+    """One operation of the real clients is refused; all others are done."""
+    service, operation, *keys = calls
+    ask = AioBaseClient._make_api_call
+
+    async def refusing(client, name, request):
+        here = request.get("Key", "").endswith(tuple(keys) or "")
+        if (client.meta.service_model.service_name, name) == (service, operation) and here:
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, name)
+        return await ask(client, name, request)
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", refusing)
+    result = doctor(account, "--json")
+    assert result.exit_code == 1, result.output
+    assert what in {found for verdict, found, _ in findings(result) if verdict == "failed"}
+
+
+def test_nobody_at_the_endpoint_is_told_everywhere(account, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    result = doctor(account, "--json", "--adapters-events-queue-url", account.queue + "-events")
+    assert result.exit_code == 1
+    assert {what for verdict, what, _ in findings(result) if verdict == "ok"} == {"cache"}
+
+
+def test_setting_that_a_worker_needs_is_asked_for(account):
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    told = [
+        line.split(":")[0].split()[-1] for line in result.stdout.splitlines() if line.startswith("failed")
+    ]
+    assert told == ["QUEUE_URL", "OUTPUT_PREFIXES", "MODEL"]
+    assert CliRunner().invoke(app, ["doctor", "--policy"]).exit_code == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_cache_that_cannot_be_a_folder_is_found_out(account, place, tmp_path):
+    (tmp_path / "file").touch()
+    result = doctor(account, "--cache-dir", str(tmp_path / place))
+    assert result.exit_code == 1
+    assert "is no folder that can be written" in result.stdout or "Not a directory" in result.stdout
 
 
 def test_what_will_hurt_some_day_is_a_warning(account):
@@ -149,7 +204,9 @@ def test_store_that_ignores_conditions_is_found_out():
 def test_missing_right_to_list_is_found_out():
     class Forbidding(MemoryStore):
         async def get(self, uri, *, max_bytes=None):
-            raise StoreRefused("AccessDenied")
+            raise StoreRefused(
+                f"{uri}: An error occurred (AccessDenied) when calling the GetObject operation"
+            )
 
     (finding,) = asyncio.run(_outputs(Forbidding(), "s3://b/out/"))
     assert (finding.verdict, "s3:ListBucket is missing" in finding.message) == ("failed", True)
@@ -203,8 +260,16 @@ def test_policy_is_printed_without_a_look_at_anything(account):
     assert json.loads(result.stdout)["Version"] == "2012-10-17"
 
 
-def test_arn_of_an_unusual_url_leaves_the_region_open():
-    assert queue_arn("http://127.0.0.1:4566/000000000000/q") == "arn:aws:sqs:*:000000000000:q"
+@pytest.mark.parametrize(
+    ("url", "arn"),
+    [
+        ("http://127.0.0.1:4566/000000000000/q", "arn:aws:sqs:*:000000000000:q"),
+        ("https://sqs.cn-north-1.amazonaws.com.cn/1/q", "arn:aws-cn:sqs:cn-north-1:1:q"),
+        ("https://sqs.us-gov-west-1.amazonaws.com/1/q", "arn:aws-us-gov:sqs:us-gov-west-1:1:q"),
+    ],
+)
+def test_arn_follows_from_the_url(url, arn):
+    assert queue_arn(url) == arn
 
 
 def test_redrive_moves_dead_letters_and_says_how_many(account):

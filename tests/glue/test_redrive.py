@@ -3,9 +3,10 @@
 import asyncio
 import json
 
+import msgspec
 import pytest
 
-from worker.errors import QueueUnavailable
+from worker.errors import QueueRefused, QueueUnavailable
 from worker.redrive import redrive
 from worker.transport.memory import ManualClock, MemoryQueue
 from worker.transport.queue import Outcome
@@ -93,30 +94,111 @@ def test_no_more_are_moved_than_asked_for(limit):
     play(scenario)
 
 
-def test_message_that_could_not_be_sent_stays_where_it_was():
+def test_message_that_cannot_be_sent_stays_and_costs_the_others_nothing():
     async def scenario(dead_letters, queue):
-        await dead_letters.send("x")
+        for number in range(25):
+            await dead_letters.send(f"{number}")
+        send = queue.send
 
-        async def send(*_):
-            raise QueueUnavailable("throttled")
+        async def picky(body, attributes=None):
+            if body in {"3", "17"}:
+                raise QueueRefused("InvalidMessageContents")
+            return await send(body, attributes)
 
-        queue.send = send
-        with pytest.raises(QueueUnavailable):
+        queue.send = picky
+        with pytest.raises(QueueUnavailable, match=r"23 messages were moved, 2 were not: .*InvalidMessage"):
             await redrive(dead_letters, queue)
-        assert (await dead_letters.describe()).in_flight == 1
+        assert len(await everything(queue)) == 23
+        assert (await dead_letters.describe()).in_flight == 2
 
     play(scenario)
 
 
-def test_message_that_could_not_be_deleted_is_told():
+def test_queue_that_takes_nothing_is_not_asked_for_ever():
     async def scenario(dead_letters, queue):
-        await dead_letters.send("x")
+        for _ in range(30):
+            await dead_letters.send("x")
+        asked = []
+
+        async def send(*_):
+            asked.append(1)
+            raise QueueRefused("AccessDenied")
+
+        queue.send = send
+        with pytest.raises(QueueUnavailable, match="0 messages were moved, 10 were not"):
+            await redrive(dead_letters, queue)
+        assert len(asked) == 10
+        info = await dead_letters.describe()
+        assert info.messages + info.in_flight == 30
+
+    play(scenario)
+
+
+def test_message_that_could_not_be_deleted_is_told_and_sent_once():
+    async def scenario(dead_letters, queue):
+        first = await dead_letters.send("x")
 
         async def delete(receipts):
             return Outcome(failed=dict.fromkeys(receipts, "InternalError"))
 
         dead_letters.delete = delete
-        with pytest.raises(QueueUnavailable, match="1 messages were moved and could not be deleted"):
+        with pytest.raises(QueueUnavailable, match=f"{first}: it was sent and could not be deleted"):
             await redrive(dead_letters, queue)
+        assert len(await everything(queue)) == 1
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("again", ["the receipt was lost", "it died anew"])
+def test_message_that_comes_again_is_not_sent_again(again):
+    """What was sent and not deleted is seen once more; what is dead again at once has its new id."""
+
+    async def scenario(dead_letters, queue):
+        await dead_letters.send("x")
+        delete, send = dead_letters.delete, queue.send
+        attempts = []
+
+        async def lose(receipts):
+            if again == "the receipt was lost" and not attempts:
+                attempts.append(1)
+                for receipt in receipts:
+                    await dead_letters.release(receipt, 0)
+                return Outcome(lost=frozenset(receipts))
+            return await delete(receipts)
+
+        async def die(body, attributes=None):
+            name = await send(body, attributes)
+            if again == "it died anew":
+                (message,) = queue._messages.values()
+                del queue._messages[name]
+                dead_letters.adopt(message)
+            return name
+
+        dead_letters.delete, queue.send = lose, die
+        assert await redrive(dead_letters, queue) == 1
+        assert len(await everything(queue)) == (again == "the receipt was lost")
+
+    play(scenario)
+
+
+def test_body_changes_in_nothing_but_the_id():
+    async def scenario(dead_letters, queue):
+        body = ' {"inputs": ["\\uffff", 1e300, 12345678901234567890123],"id":null }\n'
+        first = await dead_letters.send(body)
+        await redrive(dead_letters, queue)
+        (delivery,) = await everything(queue)
+        assert delivery.body == f'{body.rstrip()[:-1]},"id":"{first}"}}'
+        assert msgspec.json.decode(delivery.body)["id"] == first
+
+    play(scenario)
+
+
+def test_body_that_has_no_room_for_the_id_goes_as_it_is():
+    async def scenario(dead_letters, queue):
+        body = json.dumps({"inputs": "x" * (1_048_576 - 20)})
+        await dead_letters.send(body, {"a": "b"})
+        await redrive(dead_letters, queue)
+        (delivery,) = await everything(queue)
+        assert delivery.body == body
 
     play(scenario)

@@ -228,6 +228,8 @@ def test_file_is_stored_unless_something_is_there(run_store, tmp_path, size):
 def test_race_of_large_files_has_one_winner(run_store, tmp_path):
     if run_store.kind == "moto":
         pytest.skip("moto ignores the condition at the end of an upload")
+    if run_store.kind == "seaweedfs":
+        pytest.skip("SeaweedFS looks and then writes: of uploads that end at the same moment, two may win")
 
     async def scenario(store, bucket):
         files = [tmp_path / str(number) for number in range(4)]
@@ -237,7 +239,7 @@ def test_race_of_large_files_has_one_winner(run_store, tmp_path):
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         winners = [at for at, outcome in enumerate(outcomes) if isinstance(outcome, StoredObject)]
         losers = [outcome for outcome in outcomes if isinstance(outcome, ObjectExists)]
-        assert (len(winners), len(losers)) == (1, 3)
+        assert (len(winners), len(losers)) == (1, 3), outcomes
         body, _ = await store.get(f"{bucket}/k")
         assert body == bytes([winners[0]]) * LARGE
 

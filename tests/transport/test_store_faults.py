@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import os
 import re
 from collections import Counter
 from contextlib import nullcontext
@@ -301,10 +302,14 @@ def test_nothing_is_sent_where_an_object_is(large):
 
 
 class Flaky:
-    """Serves an object whose connections break after so many bytes each; 0 is before the headers."""
+    """Serves an object whose connections break after so many bytes each; 0 is before the headers.
 
-    def __init__(self, body: bytes, breaks: list[int]) -> None:
+    `short` answers are as if no more had been asked for. One that `ignores` ranges gives all of it always.
+    """
+
+    def __init__(self, body: bytes, breaks: list[int], *, short: bool = False, ignores: bool = False) -> None:
         self.body, self.breaks = body, breaks
+        self.short, self.ignores = short, ignores
         self.ranges: list[str | None] = []
 
     async def __call__(self, reader, writer):
@@ -312,10 +317,15 @@ class Flaky:
         assert 'if-match: "etag"' in head
         asked = re.search(r"range: bytes=(\d+)-(\d+)", head)
         self.ranges.append(asked and asked[0])
+        asked = None if self.ignores else asked
         start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.body))
         body = self.body[start:stop]
         status = "206 Partial Content" if asked else "200 OK"
         cut = self.breaks.pop(0) if self.breaks else len(body)
+        if asked:
+            status += f"\r\nContent-Range: bytes {start}-{stop - 1}/{len(self.body)}"
+        if self.short:
+            body = body[:cut]
         if cut:
             writer.write(f'HTTP/1.1 {status}\r\nETag: "etag"\r\nContent-Length: {len(body)}\r\n\r\n'.encode())
             writer.write(body[:cut])
@@ -345,20 +355,60 @@ def stream_from(flaky, monkeypatch, start=0, stop=None):
     return asyncio.run(main()), naps
 
 
-def test_stream_goes_on_where_it_broke(monkeypatch):
+@pytest.mark.parametrize("short", [False, True])
+def test_stream_goes_on_where_it_broke(short, monkeypatch):
+    """However often: what counts are tries in a row that bring nothing."""
     body = bytes(range(250)) * 40_000
-    flaky = Flaky(body, [3_000_000, 0, 0, 4_000_000])
+    flaky = Flaky(body, [3_000_000, 0, 0, *[1_000_000] * 6], short=short)
     got, naps = stream_from(flaky, monkeypatch, 17)
     assert got == body[17:]
     assert not flaky.breaks
-    assert len(naps) >= 3  # a connection that is closed unused is replaced without a word
+    assert len(naps) >= 7  # a connection that is closed unused is replaced without a word
     assert flaky.ranges[0] == f"range: bytes=17-{len(body) - 1}"
     assert flaky.ranges[1] == flaky.ranges[2] != flaky.ranges[0]
 
 
 def test_stream_that_brings_nothing_any_more_is_unavailable(monkeypatch):
+    flaky = Flaky(bytes(3_000_000), [2_000_000, *[0] * 100])
     with pytest.raises(StoreUnavailable):
-        stream_from(Flaky(bytes(3_000_000), [2_000_000, *[0] * 10]), monkeypatch)
+        stream_from(flaky, monkeypatch)
+    assert len(flaky.breaks) > 80
+
+
+@pytest.mark.parametrize(("start", "breaks"), [(17, []), (0, [1_000_000])])
+def test_store_that_gives_no_parts_is_refused(start, breaks, monkeypatch):
+    with pytest.raises(StoreRefused, match="None came for bytes"):
+        stream_from(Flaky(bytes(3_000_000), breaks, ignores=True), monkeypatch, start)
+
+
+def test_overwritten_object_is_not_asked_for_again():
+    class Gone:
+        calls = 0
+
+        async def get_object(self, **request):
+            self.calls += 1
+            raise ClientError({"Error": {"Code": "PreconditionFailed"}}, "GetObject")
+
+    async def scenario(store):
+        with pytest.raises(StoreUnavailable, match="overwritten"):
+            [chunk async for chunk in store.stream(StoredObject("s3://b/k", "etag", 10))]
+
+    service = Gone()
+    assert play(service, scenario) == []
+    assert service.calls == 1
+
+
+def test_file_that_becomes_shorter_while_it_is_sent_is_not_stored(large, monkeypatch):
+    service = Uploads()
+    read = multipart._read
+
+    def shrinking(path, start, size):
+        os.truncate(path, 900)
+        return read(path, start, size)
+
+    monkeypatch.setattr(multipart, "_read", shrinking)
+    upload(service, large, OSError)
+    assert (service.stored, service.parts) == (None, {})
 
 
 def test_uri_and_parts_are_the_same_thing():

@@ -46,17 +46,27 @@ for regex in given["regexes"]:
 """
 
 
-def read_config(path: Path, names: Collection[str]) -> LoraConfig:
-    """The adapter's LoraConfig, refused if any of it would not be honoured.
+def read_bytes(path: Path) -> bytes:
+    """The file's content. Raises AdapterInvalid when it is missing or too long, and OSError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError) as exc:
+        raise AdapterInvalid(f"{path.name} cannot be read: {exc}") from exc
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise AdapterInvalid(f"{path.name} has more than {_MAX_CONFIG_BYTES} bytes")
+    return content
+
+
+def read_config(content: bytes, names: Collection[str]) -> LoraConfig:
+    """The LoraConfig in an adapter's CONFIG_FILE, refused if any of it would not be honoured.
 
     `names` are the base model's modules, which its patterns will be matched with. Raises AdapterInvalid.
     """
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise AdapterInvalid(f"{path.name} has more than {_MAX_CONFIG_BYTES} bytes")
-        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as exc:
-        raise AdapterInvalid(f"{path.name} cannot be read: {exc}") from exc
+        raw = msgspec.json.decode(content, type=dict[str, Any])
+    except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as exc:
+        raise AdapterInvalid(f"{CONFIG_FILE} cannot be read: {exc}") from exc
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(f"peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
@@ -73,7 +83,7 @@ def read_config(path: Path, names: Collection[str]) -> LoraConfig:
     try:
         return LoraConfig(**{name: value for name, value in raw.items() if name in _APPLIED})
     except (TypeError, ValueError) as exc:
-        raise AdapterInvalid(f"{path.name}: {exc}") from exc
+        raise AdapterInvalid(f"{CONFIG_FILE}: {exc}") from exc
 
 
 class _Types(msgspec.Struct):

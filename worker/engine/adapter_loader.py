@@ -10,7 +10,8 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -21,7 +22,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from worker.engine.adapter import LoRAPair, LoRAWeights, Target
-from worker.engine.adapter_config import CONFIG_FILE, read_config
+from worker.engine.adapter_config import CONFIG_FILE, read_bytes, read_config
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
@@ -84,6 +85,8 @@ class _Remembered(Generic[_T]):
         digest = hashlib.sha256(content).digest()
         with self._lock:
             found = self._known.get(digest)
+            if found is not None:
+                self._known.move_to_end(digest)
         if found is None:
             found = make()
             with self._lock:
@@ -118,8 +121,8 @@ class AdapterLoader:
     def __call__(self, key: AdapterKey, folder: Path) -> LoRAWeights:
         """The adapter in `folder`, on the CPU and in one piece.
 
-        Raises AdapterInvalid with the reason, and OSError when the folder is gone or the disk fails, which
-        says nothing about the adapter.
+        Raises AdapterInvalid with the reason; OSError when the folder is gone or the disk fails, and
+        MemoryError, which say nothing about the adapter.
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not there")
@@ -127,7 +130,8 @@ class AdapterLoader:
             _refuse_links(folder)
             plan = self._plan(folder / CONFIG_FILE)
             layout, data = _read(folder / WEIGHTS_FILE, plan)
-            return LoRAWeights(key, _pairs(plan, layout, data, self._dtype, pin=self._pin))
+            with _memory_errors():
+                return LoRAWeights(key, _pairs(plan, layout, data, self._dtype, pin=self._pin))
         except (OSError, MemoryError):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
@@ -137,10 +141,12 @@ class AdapterLoader:
 
     def _plan(self, path: Path) -> _Plan:
         """What a configuration asks for."""
-        content = path.read_bytes() if path.is_file() else b""
-        return self._plans.get(
-            content, lambda: _make_plan(read_config(path, self._targets), self._targets, self._max_rank)
-        )
+        content = read_bytes(path)
+
+        def make() -> _Plan:
+            return _make_plan(read_config(content, self._targets), self._targets, self._max_rank)
+
+        return self._plans.get(content, make)
 
 
 def weights_bytes(folder: Path) -> int:
@@ -202,27 +208,33 @@ def _read(path: Path, plan: _Plan) -> tuple[_Layout, torch.Tensor]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            header = file.read(min(length, _MAX_HEADER_BYTES))
+            if length > _MAX_HEADER_BYTES:
+                size = os.fstat(file.fileno()).st_size
+                said = f"a header of {length} bytes in a file of {size}, the limit is {_MAX_HEADER_BYTES}"
+                raise AdapterInvalid(f"{path.name} cannot be read: {said}", "file")
+            header = file.read(length)
             layout = plan.layouts.get(header, lambda: _lay_out(path, file, plan.shapes))
             expected = _LENGTH_BYTES + len(header) + layout.num_bytes
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 raise AdapterInvalid(f"{path.name} has {size} bytes, its header asks for {expected}", "file")
-            data = torch.empty(layout.num_bytes, dtype=torch.uint8)
+            with _memory_errors():
+                data = torch.empty(layout.num_bytes, dtype=torch.uint8)
             if file.readinto(data.numpy().data) != layout.num_bytes:
                 raise OSError(f"{path} became shorter while it was read")
             return layout, data
-    except (FileNotFoundError, SafetensorError) as exc:
+    except (FileNotFoundError, IsADirectoryError, SafetensorError) as exc:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}", "file") from exc
 
 
 def _lay_out(path: Path, opened: BinaryIO, shapes: Mapping[str, tuple[int, int]]) -> _Layout:
     """The layout of the file at `path`, which is `opened`, after a look at all that its header says."""
-    with safe_open(path, framework="pt") as file:
+    own = {name: name for name in shapes}  # one text for each name, however many layouts there are
+    with _memory_errors(), safe_open(path, framework="pt") as file:
         names = tuple(file.offset_keys())
         slices = [file.get_slice(name) for name in names]
-        found = {name: tuple(own.get_shape()) for name, own in zip(names, slices, strict=True)}
-        stored = [own.get_dtype() for own in slices]
+        found = {name: tuple(one.get_shape()) for name, one in zip(names, slices, strict=True)}
+        stored = [one.get_dtype() for one in slices]
     if _identity(path.stat()) != _identity(os.fstat(opened.fileno())):
         raise OSError(f"{path} was replaced while it was read")
     if found != shapes:
@@ -231,7 +243,18 @@ def _lay_out(path: Path, opened: BinaryIO, shapes: Mapping[str, tuple[int, int]]
         if dtype not in _DTYPES:
             raise AdapterInvalid(f"tensor {name} is of {dtype}, not of a floating-point type", "tensors")
     dtypes = tuple(_DTYPES[dtype] for dtype in stored)
-    return _Layout(names, dtypes, [math.prod(shapes[name]) for name in names])
+    return _Layout(tuple(own[name] for name in names), dtypes, [math.prod(shapes[name]) for name in names])
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A RuntimeError is how torch says that memory cannot be had, pinned or mapped."""
+    try:
+        yield
+    except RecursionError:
+        raise
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -72,23 +72,24 @@ class KernelLoRALayers:
 
     def plan(self, spans: Sequence[tuple[int | None, int]]) -> KernelLoRAStep | None:
         """The step for rows of `(slot, tokens)`; None when none has an adapter."""
-        runs = merge_runs(spans)
-        if not runs:
-            return None
-        num_tokens = sum(tokens for _, tokens in spans)
-        dense = [run for run in runs if self._is_dense(run, num_tokens)]
-        by_kernels = [run for run in runs if run not in dense]
-        if not by_kernels:
-            return KernelLoRAStep(None, dense)
-        tiles = self.empty_step(num_tokens)
-        host = tile_tokens(by_kernels, tiles.max_tokens, tiles.max_slots)
-        tiles.buffer.copy_(to_device(host.buffer, self._device))
-        return KernelLoRAStep(tiles, dense)
-
-    def _is_dense(self, run: Run, num_tokens: int) -> bool:
-        """Whether products serve it: by its own length alone, so that no neighbour changes its sums."""
         least = self._fit.dense_from
-        return least is not None and num_tokens > self._limits.max_num_seqs and run[2] - run[1] >= least
+        # By the row's own tokens, so that no neighbour changes its sums. Rows that decode have one.
+        dense = [least is not None and tokens >= least for _, tokens in spans]
+        dense_runs, kernel_runs = (
+            merge_runs(
+                (slot if own == wanted else None, tokens)
+                for (slot, tokens), own in zip(spans, dense, strict=True)
+            )
+            for wanted in (True, False)
+        )
+        if not dense_runs and not kernel_runs:
+            return None
+        if not kernel_runs:
+            return KernelLoRAStep(None, dense_runs)
+        tiles = self.empty_step(sum(tokens for _, tokens in spans))
+        host = tile_tokens(kernel_runs, tiles.max_tokens, tiles.max_slots)
+        tiles.buffer.copy_(to_device(host.buffer, self._device))
+        return KernelLoRAStep(tiles, dense_runs)
 
     def empty_step(self, num_tokens: int) -> TokenTiles:
         """Tiles without tokens, with room for a decode step if that is enough, else for any."""

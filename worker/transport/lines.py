@@ -9,7 +9,7 @@ import itertools
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from worker.errors import InvalidInput
 from worker.transport.objects import StoredObject
@@ -19,6 +19,7 @@ MAX_LINE_BYTES = 16 << 20
 _GZIP = 16 + zlib.MAX_WBITS
 _PIECE_BYTES = 1 << 20
 """What a piece of compressed bytes is unpacked to at a time: some unpack to a thousand times their size."""
+_SLICE_BYTES = 16 << 10
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -79,12 +80,15 @@ async def _cut(chunks: AsyncIterable[bytes], offset: int) -> AsyncGenerator[Line
         *ended, rest = chunk.split(b"\n")
         for piece in ended:
             length = size + len(piece)
-            if whole:
+            if whole and length:
                 yield _line(offset, pending, piece, length)
             offset, pending, size, whole = offset + length + 1, [], 0, True
         size += len(rest)
-        if whole and size <= MAX_LINE_BYTES:
+        if whole and rest and size <= MAX_LINE_BYTES:
             pending.append(rest)
+        await asyncio.sleep(
+            0
+        )  # a chunk may hold a million lines, or none, and others have heartbeats to send
     if whole and size:
         yield _line(offset, pending, b"", size)
 
@@ -107,26 +111,51 @@ async def _from(start: int, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerat
 
 async def _unpacked(chunks: AsyncGenerator[bytes, None], uri: str) -> AsyncGenerator[bytes, None]:
     """What gzip files, one after the other, hold."""
-    unpack, begun = zlib.decompressobj(_GZIP), False
+    gunzip = _Gunzip()
     async with aclosing(chunks):
         async for chunk in chunks:
-            data = chunk
+            data = memoryview(chunk)
             while data:
-                if unpack.eof:
-                    if not data.strip(b"\0"):
-                        break  # some programs pad what they write
-                    unpack, begun = zlib.decompressobj(_GZIP), False
-                begun = True
                 try:
-                    piece = await asyncio.to_thread(unpack.decompress, data, _PIECE_BYTES)
+                    piece, data = await asyncio.to_thread(gunzip.some, data)
                 except zlib.error as error:
                     raise InvalidInput(f"{uri} is no whole gzip file: {error}") from error
-                data = unpack.unconsumed_tail or unpack.unused_data
                 if piece:
                     yield piece
-    if begun:
-        if rest := unpack.flush():
-            yield rest
-        if unpack.eof:
-            return
+    rest, is_whole = gunzip.end()
+    if rest:
+        yield rest
+    if not is_whole:
         raise InvalidInput(f"{uri} is no whole gzip file: it ends too early")
+
+
+class _Gunzip:
+    def __init__(self) -> None:
+        self._file: Any = None
+        """The one that is being unpacked."""
+
+    def some(self, data: memoryview) -> tuple[bytes, memoryview]:
+        """A piece or a little more, less where `data` ends, and what of `data` is left."""
+        pieces, size = list[bytes](), 0
+        while data and size < _PIECE_BYTES:
+            # What comes after the end of a file is copied with each call: slices keep that small.
+            head = data[:_SLICE_BYTES]
+            if self._file is None:
+                padding = len(head) - len(bytes(head).lstrip(b"\0"))  # some programs pad what they write
+                data = data[padding:]
+                if padding < len(head):
+                    self._file = zlib.decompressobj(_GZIP)
+                continue
+            piece = self._file.decompress(head, _PIECE_BYTES)
+            data = data[len(head) - len(self._file.unconsumed_tail or self._file.unused_data) :]
+            pieces.append(piece)
+            size += len(piece)
+            if self._file.eof:
+                self._file = None
+        return b"".join(pieces), data
+
+    def end(self) -> tuple[bytes, bool]:
+        """What is left, and whether that was the end of a file."""
+        if self._file is None:
+            return b"", True
+        return self._file.flush(), self._file.eof

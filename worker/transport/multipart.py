@@ -59,7 +59,7 @@ async def _send_parts(client: Any, upload: Mapping[str, str], path: Path, size: 
 
     async def send(number: int, start: int) -> dict[str, Any]:
         async with gate:
-            body, digest = await asyncio.to_thread(_read, path, start, part_bytes)
+            body, digest = await asyncio.to_thread(_read, path, start, min(part_bytes, size - start))
             checksum = base64.b64encode(digest).decode()
             sent = await client.upload_part(**upload, PartNumber=number, Body=body, ChecksumSHA256=checksum)
         return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
@@ -80,6 +80,8 @@ def _read(path: Path, start: int, size: int) -> tuple[bytes, bytes]:
     with path.open("rb") as file:
         file.seek(start)
         body = file.read(size)
+    if len(body) != size:
+        raise OSError(f"{path} became shorter while it was sent")
     return body, hashlib.sha256(body).digest()
 
 

@@ -73,7 +73,8 @@ class Store(Protocol):
 
         A connection that breaks is followed by another, which goes on where it broke. Raises
         ObjectNotFound, and StoreUnavailable when the object was overwritten, when the bytes arrived
-        damaged, or when nothing more arrives. A checksum is proved by the end of a whole, unbroken stream.
+        damaged, or when nothing more arrives. What was stored by one PUT has a checksum, which the end of a
+        whole, unbroken stream has proved.
         """
 
     async def download_tree(
@@ -198,7 +199,6 @@ class S3Store(Store):
                     async for chunk in chunks:
                         at, failures = at + len(chunk), 0
                         yield chunk
-                    return
             except _Overwritten:
                 raise
             except StoreUnavailable:
@@ -206,6 +206,8 @@ class S3Store(Store):
                 if at >= end or failures == _STREAM_ATTEMPTS:
                     raise  # all of it came, and was damaged; or nothing comes any more
                 await self._sleep(jittered(0.5 * 2**failures))
+            else:
+                return
 
     async def _stream_once(self, stored: StoredObject, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         options = {"IfMatch": f'"{stored.etag}"'}
@@ -215,8 +217,14 @@ class S3Store(Store):
             answer = await self._get(stored.uri, options)
             body = answer["Body"]
             async with body:
+                part = f"bytes {start}-{stop - 1}/{stored.size}"
+                if "Range" in options and answer.get("ContentRange") != part:
+                    raise StoreRefused(f"{stored.uri}: {answer.get('ContentRange')} came for {part}")
                 while chunk := await body.read(_CHUNK_BYTES):
+                    start += len(chunk)
                     yield chunk
+        if start != stop:
+            raise StoreUnavailable(f"{stored.uri}: the bytes end at {start}, and {stop} was asked for")
 
     async def _get(self, uri: str, options: Mapping[str, str]) -> Any:
         bucket, key = parse_uri(uri)

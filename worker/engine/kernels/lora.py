@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from worker.engine.adapter import LoRAPair
 from worker.engine.kernels.tiles import power_of_two
-from worker.engine.kernels.tilings import Tiling, Work, default_tiling, tile_size
+from worker.engine.kernels.tilings import RANK_ALIGNMENT, Tiling, Work, default_tiling, tile_size
 from worker.engine.lora_ops import Part, Stack
 from worker.engine.lora_plan import Run
 
-_RANK_ALIGNMENT = 8
-"""Ranks are rounded up to this with zeros: each row of B then starts at a multiple of 16 bytes."""
+GENERATION = 1
+"""To be counted up with a change to the kernels below: what was found out about others does not hold."""
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -100,7 +100,7 @@ class LoRATable:
         self.in_features = in_features
         self.out_features = tuple(out_features)
         self.dtype = dtype
-        self.max_rank = _round_up(max_rank, _RANK_ALIGNMENT)
+        self.max_rank = _round_up(max_rank, RANK_ALIGNMENT)
         self.max_stacked_rank = self.max_rank * len(self.out_features)
         edges = list(itertools.accumulate(self.out_features, initial=0))
         self.sum_out = edges[-1]
@@ -173,7 +173,7 @@ class LoRATable:
         return Stack(a.T, tuple(parts))
 
     def _padded(self, pair: LoRAPair) -> LoRAPair:
-        missing = -pair.rank % _RANK_ALIGNMENT
+        missing = -pair.rank % RANK_ALIGNMENT
         assert pair.rank + missing <= self.max_rank
         assert pair.a.shape[1] == self.in_features
         a, b = pair

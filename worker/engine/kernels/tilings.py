@@ -4,9 +4,10 @@ Any tiling gives the same result but for rounding; how fast one is depends on th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
+from msgspec import Meta
 
 from worker.engine.kernels.tiles import power_of_two
 
@@ -15,21 +16,26 @@ _FEW_TOKENS = 256
 _MAX_SPLITS = 8
 
 
+RANK_ALIGNMENT = 8
+"""Ranks are rounded up to this with zeros: each row of B then starts at a multiple of 16 bytes."""
+_Count = Annotated[int, Meta(ge=1, le=1024)]
+
+
 class Tiling(NamedTuple):
     """One launch of shrink and one of expand."""
 
-    splits: int
+    splits: _Count
     """Parts that shrink's sum over features is cut into."""
-    ranks: int
+    ranks: _Count
     """Numbers of h that a program of shrink makes for each token."""
-    features: int
+    features: _Count
     """Features that it reads at a time."""
-    shrink_warps: int
-    shrink_stages: int
-    columns: int
+    shrink_warps: _Count
+    shrink_stages: _Count
+    columns: _Count
     """Columns of y that a program of expand adds to."""
-    expand_warps: int
-    expand_stages: int
+    expand_warps: _Count
+    expand_stages: _Count
 
 
 class Work(NamedTuple):
@@ -64,6 +70,21 @@ class Situation(NamedTuple):
     dtype: torch.dtype
     """Of the base model."""
     device: torch.device
+
+
+def work_of(dimensions: Dimensions, capacity: int, situation: Situation) -> Work:
+    """What a step of `capacity` is to the kernels on a projection."""
+    in_features, sizes = dimensions
+    rank = -(-situation.max_rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
+    itemsize = torch.promote_types(situation.dtype, situation.lora_dtype).itemsize
+    return Work(in_features, sizes, rank, capacity, itemsize)
+
+
+def is_sound(tiling: Tiling) -> bool:
+    """Whether the kernels can be cut so: all but stages are powers of two, and products have sides of 16."""
+    powers = tiling._replace(shrink_stages=1, expand_stages=1)
+    sides = tiling.ranks, tiling.features, tiling.columns
+    return all(number & (number - 1) == 0 for number in powers) and min(sides) >= 16
 
 
 class Fit(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from worker.engine.adapter import LoRAPair
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
-from worker.engine.kernels.tilings import Dimensions, Situation, Tiling, Work
+from worker.engine.kernels.tilings import Dimensions, Situation, Tiling, Work, work_of
 from worker.engine.lora_ops import add_stack
 from worker.engine.lora_plan import Run
 
@@ -37,7 +37,7 @@ class Trial:
         self._adapters = min(situation.max_loras, self.tokens, _ADAPTERS)
         self._rank = min(situation.max_rank, _RANK)
         self._tables = [self._table(dimensions) for _ in range(self._num_tables(dimensions))]
-        self.work: Work = self._tables[0].work(capacity, dtype)
+        self.work: Work = work_of(dimensions, capacity, situation)
 
     def kernels(self, tiling: Tiling, runs: Sequence[Run] | None = None) -> Launch:
         """The kernels on `runs`; by default tokens of all adapters, as many of each."""

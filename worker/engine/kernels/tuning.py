@@ -1,15 +1,17 @@
 """Fits LoRA on a GPU to the device at hand, by timing; what was found is kept in a file.
 
-How a launch is cut changes how its sums are rounded. Workers that share the file agree, and so do the worker
-that stops and the one that starts in its place.
+How a launch is cut changes how its sums are rounded. Workers that share the file agree once all of it is
+known, and so do the worker that stops and the one that starts in its place.
 """
 
+import fcntl
 import logging
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from worker.engine.kernels.lora import GENERATION
 from worker.engine.kernels.tilings import (
     Fit,
     Situation,
@@ -26,7 +29,9 @@ from worker.engine.kernels.tilings import (
     Work,
     default_tiling,
     expands_to_try,
+    is_sound,
     shrinks_to_try,
+    work_of,
 )
 from worker.engine.kernels.trial import Launch, Trial
 
@@ -89,56 +94,57 @@ class TimingTuner(Tuner):
 
     @torch.inference_mode()
     def tune(self, situation: Situation) -> Fit:
-        """See Tuner. What there was no time or no memory for is left at its default."""
-        known = Known() if self._file is None else _read(self._file)
-        before = msgspec.json.encode(known)
-        started = self._clock()
-        try:
-            fit = self._tune(situation, known, started + self._seconds)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory to tune kernels in", extra={"reason": str(error)})
-            fit = Fit({}, None)
-        if msgspec.json.encode(known) != before:
-            seconds = round(self._clock() - started, 1)
-            logger.info("kernels tuned", extra={"seconds": seconds, "dense_from": fit.dense_from})
-            self._keep(known)
+        """See Tuner. What there was no time or no memory for is left at its default.
+
+        Workers that share the file tune one after the other, so that each knows what the others found.
+        """
+        with _alone(self._file):
+            known = Known() if self._file is None else _read(self._file)
+            before = msgspec.json.encode(known)
+            started = self._clock()
+            try:
+                self._find_out(situation, known, started + self._seconds)
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory to tune kernels in", extra={"reason": str(error)})
+            fit = _fit(situation, known)
+            if msgspec.json.encode(known) != before:
+                seconds = round(self._clock() - started, 1)
+                logger.info("kernels tuned", extra={"seconds": seconds, "dense_from": fit.dense_from})
+                self._keep(known)
         return fit
 
-    def _tune(self, situation: Situation, known: Known, deadline: float) -> Fit:
-        tilings: dict[Work, Tiling] = {}
+    def _find_out(self, situation: Situation, known: Known, deadline: float) -> None:
+        """Add to `known` what is not in it, as long as there is time."""
         counts = Counter(situation.projections)
-        trials: list[Trial] = []
         for capacity, time_it in (
             (situation.decode_tokens, self._timer.replayed),
             (situation.chunk_tokens, self._timer.launched),
         ):
-            trials = [Trial(dimensions, capacity, situation) for dimensions in counts]
-            for trial in trials:
-                name = _name_of(trial.work, situation)
+            for dimensions in counts:
+                name = _name_of(work_of(dimensions, capacity, situation), situation)
                 if name not in known.tilings and self._clock() < deadline:
-                    known.tilings[name] = self._best(trial, time_it, deadline)
-                tilings[trial.work] = known.tilings.get(name) or default_tiling(trial.work)
-        chunks = [*zip(trials, counts.values(), strict=True)]
-        kind = " ".join(sorted(f"{count}*{_name_of(trial.work, situation)}" for trial, count in chunks))
-        if not chunks or situation.dtype != situation.lora_dtype:
-            return Fit(tilings, None)  # a product takes factors of one type
-        if kind not in known.dense_from and self._clock() < deadline:
-            known.dense_from[kind] = self._dense_from(chunks, tilings)
-        return Fit(tilings, known.dense_from.get(kind))
+                    best = self._best(Trial(dimensions, capacity, situation), time_it, deadline)
+                    if best is not None:
+                        known.tilings[name] = best
+        kind = _kind_of(situation)
+        if kind is not None and kind not in known.dense_from and self._clock() < deadline:
+            tilings = _fit(situation, known).tilings
+            trials = [(Trial(one, situation.chunk_tokens, situation), count) for one, count in counts.items()]
+            known.dense_from[kind] = self._dense_from(trials, tilings)
 
-    def _best(self, trial: Trial, time_it: Callable[[Launch], float], deadline: float) -> Tiling:
-        """Shrink first, then expand: each has sizes of its own."""
+    def _best(self, trial: Trial, time_it: Callable[[Launch], float], deadline: float) -> Tiling | None:
+        """Shrink first, then expand: each has sizes of its own. None when there was no time for all."""
         best = self._fastest(trial, shrinks_to_try(trial.work), time_it, deadline)
-        return self._fastest(trial, expands_to_try(best), time_it, deadline)
+        return None if best is None else self._fastest(trial, expands_to_try(best), time_it, deadline)
 
     def _fastest(
         self, trial: Trial, tilings: Sequence[Tiling], time_it: Callable[[Launch], float], deadline: float
-    ) -> Tiling:
+    ) -> Tiling | None:
         """The first, unless another one is clearly faster."""
         best, bound = tilings[0], _WORTH * self._seconds_of(trial, tilings[0], time_it)
         for tiling in tilings[1:]:
             if self._clock() >= deadline:
-                break
+                return None
             seconds = self._seconds_of(trial, tiling, time_it)
             if seconds < bound:
                 best, bound = tiling, seconds
@@ -147,7 +153,9 @@ class TimingTuner(Tuner):
     def _seconds_of(self, trial: Trial, tiling: Tiling, time_it: Callable[[Launch], float]) -> float:
         try:
             return time_it(trial.kernels(tiling))
-        except TritonError as error:  # it asks for more registers or shared memory than there are
+        except torch.OutOfMemoryError:
+            raise
+        except (TritonError, RuntimeError) as error:  # more registers or shared memory than there are
             logger.debug("a tiling does not fit the device", extra={"tiling": tiling, "reason": str(error)})
             return math.inf
 
@@ -183,8 +191,44 @@ class TimingTuner(Tuner):
 
 def device_file(folder: Path, device: torch.device) -> Path:
     """Where in `folder` what suits `device` is kept, with these versions of what compiles for it."""
-    name = f"{torch.cuda.get_device_name(device)} triton {triton.__version__} torch {torch.__version__}"
+    versions = f"triton {triton.__version__} torch {torch.__version__} kernels {GENERATION}"
+    name = f"{torch.cuda.get_device_name(device)} {versions}"
     return folder / "kernels" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+
+
+def _fit(situation: Situation, known: Known) -> Fit:
+    """What is known, and defaults."""
+    tilings = {}
+    for capacity in (situation.decode_tokens, situation.chunk_tokens):
+        for dimensions in situation.projections:
+            work = work_of(dimensions, capacity, situation)
+            tilings[work] = known.tilings.get(_name_of(work, situation)) or default_tiling(work)
+    kind = _kind_of(situation)
+    return Fit(tilings, None if kind is None else known.dense_from.get(kind))
+
+
+def _kind_of(situation: Situation) -> str | None:
+    """By what dense products are known; None where they are no choice, as their factors are of two types."""
+    if not situation.projections or situation.dtype != situation.lora_dtype:
+        return None
+    counts = Counter(work_of(one, situation.chunk_tokens, situation) for one in situation.projections)
+    return " ".join(sorted(f"{count}*{_name_of(work, situation)}" for work, count in counts.items()))
+
+
+@contextmanager
+def _alone(file: Path | None) -> Iterator[None]:
+    """While no other process tunes by the same file, where the folder can be written."""
+    if file is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.with_name(f"{file.name}.lock").open("wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # for as long as the others may take to tune
+        except OSError as error:
+            logger.warning("workers may tune their kernels differently", extra={"reason": str(error)})
+        yield
 
 
 def _name_of(work: Work, situation: Situation) -> str:
@@ -197,9 +241,13 @@ def _name_of(work: Work, situation: Situation) -> str:
 
 def _read(file: Path) -> Known:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Known)
+        known = msgspec.json.decode(file.read_bytes(), type=Known)
     except FileNotFoundError:
         return Known()
     except (OSError, msgspec.MsgspecError) as error:
         logger.warning("cannot read how kernels were tuned", extra={"file": str(file), "reason": str(error)})
         return Known()
+    sound = {name: tiling for name, tiling in known.tilings.items() if is_sound(tiling)}
+    if len(sound) < len(known.tilings):
+        logger.warning("some of how kernels were tuned makes no sense", extra={"file": str(file)})
+    return Known(tilings=sound, dense_from=known.dense_from)
