@@ -77,7 +77,8 @@ class Shortcut:
         return response, request.context
 
     def _see(self, request: Any, request_signer: Any, **_: Any) -> None:
-        if _COPIED not in request.context and f"/{self._prefix}" in request.url:
+        # Where the prefix stands twice, as in a bucket of its name, one cannot tell which is which.
+        if _COPIED not in request.context and request.url.count(f"/{self._prefix}") == 1:
             self._pattern = _Pattern(request, dict(request.headers.items()), request_signer)
 
 

@@ -119,13 +119,9 @@ class RowRunner:
             return RowResult(row=row, failure=row.failure)
         version = None
         try:
-            if hold.cancelled:
-                raise Cancelled(f"Job {job.id} was cancelled before this row was started")
-            if job.expires_at is not None and self._clock() > job.expires_at:
-                raise Expired(
-                    f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job"
-                )
+            self._refuse_late(hold)
             async with self._using(hold, row.adapter) as adapter:
+                self._refuse_late(hold)  # it may have waited long
                 version = None if adapter is None else adapter.version
                 encoded = await asyncio.to_thread(self._encode, row)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
@@ -147,6 +143,14 @@ class RowRunner:
             failure=completion.failure,
             **details,
         )
+
+    def _refuse_late(self, hold: Hold) -> None:
+        """Raise Cancelled or Expired when no row of the job may start any more."""
+        job = hold.job
+        if hold.cancelled:
+            raise Cancelled(f"Job {job.id} was cancelled before this row was started")
+        if job.expires_at is not None and self._clock() > job.expires_at:
+            raise Expired(f"The row was not started before {job.expires_at:.0f}, by ttl_seconds of its job")
 
     @asynccontextmanager
     async def _using(self, hold: Hold, name: str | None) -> AsyncIterator[AdapterFolder | None]:

@@ -150,7 +150,8 @@ def _text_log_probs(result: RowResult) -> dict[str, Any] | None:
         end += len(token.text)
     top = None
     if result.top_tokens is not None:
-        likely = [{one.text: _log_prob(one) for one in place} for place in result.top_tokens]
+        # Best first: of tokens that are spelled alike the likeliest is to stay.
+        likely = [{one.text: _log_prob(one) for one in reversed(place)} for place in result.top_tokens]
         top = [None] * len(prefill) + likely
     return {
         "tokens": [token.text for token in tokens],
