@@ -56,7 +56,7 @@ class Device:
             for number in range(start, start + num_tokens):
                 text = (row.request.adapter, *tokens[: number + 1])
                 self.places[self.place(row.blocks, number)] = NAN if self.is_bad(row, number) else text
-        return [row.sequence for row in batch.rows if row.samples and self.has_nan(row)]
+        return [row.sequence for row in batch.rows if row.ends and self.has_nan(row)]
 
     def is_bad(self, row, number):
         return number >= self.bad.get(row.request.id, number + 1)
