@@ -36,9 +36,10 @@ FLOORS = [
     },
     {
         "worker.adapter_info", "worker.adapter_room", "worker.adapters", "worker.bridge",
-        "worker.client", "worker.commit", "worker.doctor", "worker.folder_view", "worker.follow",
-        "worker.http", "worker.intake", "worker.model_source", "worker.redrive", "worker.registry",
-        "worker.residents", "worker.rows", "worker.runner", "worker.stats", "worker.turns",
+        "worker.client", "worker.commit", "worker.cutting", "worker.doctor", "worker.flow",
+        "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
+        "worker.intake", "worker.model_source", "worker.redrive", "worker.registry", "worker.residents",
+        "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats", "worker.turns",
         "adapters_sync.listener", "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push",
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },

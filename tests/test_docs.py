@@ -17,10 +17,9 @@ from adapters_sync.settings import describe
 from worker import wire
 from worker.cli import app
 from worker.errors import SettingsError
-from worker.jobs import Delivery, SamplingParams, Task
+from worker.jobs import Delivery, Given, SamplingParams, Task
 from worker.metrics import Metrics
 from worker.settings import Settings, read_settings
-from worker.wire.draft import Given
 from worker.wire.lines import read_line
 from worker.wire.openai_rows import CHAT_NAMES, COMPLETION_NAMES
 from worker.wire.parameters import NAMES as PARAMETERS
@@ -91,7 +90,7 @@ def test_the_message_is_one_that_the_worker_takes() -> None:
 
 def test_the_line_has_the_fields_of_a_result_line() -> None:
     line = json.loads(blocks("json")[1])
-    encoded = json.dumps(line).encode()
+    encoded = json.dumps(line).encode() + b"\n"
     assert wire.tally(encoded).completed == 1
     from worker.wire.results import ResultLine
 
@@ -107,7 +106,7 @@ def test_the_job_of_scores_is_one_that_the_worker_takes_and_its_line_has_the_fie
         (Task.SCORE, None, None),
     ]
     line = json.loads(blocks("json")[3])
-    assert wire.tally(json.dumps(line).encode()).completed == 1
+    assert wire.tally(json.dumps(line).encode() + b"\n").completed == 1
     assert list(line) == [name for name in ScoreLine.__struct_fields__ if name != "details"]
 
 

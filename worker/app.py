@@ -35,6 +35,7 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.errors import SettingsError
+from worker.flow import FlowControl
 from worker.http.adapters_api import AdaptersApi
 from worker.http.server import serving
 from worker.intake import POLL_SECONDS, Intake
@@ -45,6 +46,7 @@ from worker.rows import RowRunner
 from worker.runner import JobLimits, Runner
 from worker.settings import Settings, notes
 from worker.shelf import VersionShelf
+from worker.splitter import Splitter
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.lease import LeaseKeeper
@@ -55,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 _EXPORT_SECONDS = 1.0
 _LAST_POLL_SECONDS = 2.0
+_CACHES_AHEAD = 4
+"""How often the tokens at work may fill the KV cache; few rows generate as much as they may."""
 
 
 class Core(NamedTuple):
@@ -65,6 +69,8 @@ class Core(NamedTuple):
     store: LoRAStore
     targets: Mapping[str, Target]
     """What adapters may name."""
+    cache_tokens: int
+    """That the KV cache has room for."""
 
 
 async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
@@ -131,15 +137,16 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             on_missing=mirror.wake if mirror is not None else lambda: None,
             registered=registered.find if registered is not None else lambda _: None,
         )
-        rows = RowRunner(bridge, core.base.tokenizer, adapters, max_at_once=settings.in_flight_rows)
-        runner = Runner(_limits(settings, info), rows, Committer(objects, _provenance(settings)), metrics)
+        rows = RowRunner(bridge, core.base.tokenizer, adapters, _flow(settings, core))
+        runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
         intake = Intake(
             queue,
             keeper,
             runner,
             metrics,
-            rows_in_flight=lambda: rows.in_flight,
-            max_rows=settings.in_flight_rows,
+            room=lambda: rows.room,
+            mean_rows=lambda: rows.mean_rows,
+            max_messages=settings.in_flight_rows,
             poll_seconds=max(1.0, min(POLL_SECONDS, settings.exit_when_idle_seconds or POLL_SECONDS)),
         )
 
@@ -217,7 +224,8 @@ def build_core(settings: Settings, weights: str) -> Core:
             "cache_bytes": runner.cache_bytes,
         },
     )
-    return Core(base, engine, store, runner.targets)
+    shape = runner.cache_shape
+    return Core(base, engine, store, runner.targets, shape.num_blocks * shape.block_size)
 
 
 def _tuner(settings: Settings, device: torch.device) -> Tuner:
@@ -357,12 +365,35 @@ def _warn_about(info: QueueInfo, settings: Settings) -> None:
         logger.warning("dead_letter is store, and there is no place to store: set dead_letter_uri")
 
 
+def _flow(settings: Settings, core: Core) -> FlowControl:
+    return FlowControl(
+        max_rows=settings.in_flight_rows,
+        max_tokens=settings.max_in_flight_tokens or core.cache_tokens * _CACHES_AHEAD,
+        max_bytes=settings.max_in_flight_bytes,
+    )
+
+
+def _runner(
+    settings: Settings,
+    info: QueueInfo,
+    rows: RowRunner,
+    objects: S3Store,
+    queue: SqsQueue,
+    *,
+    metrics: Metrics,
+) -> Runner:
+    committer = Committer(objects, _provenance(settings))
+    splitter = Splitter(objects, committer, queue, rows_per_part=settings.rows_per_part)
+    return Runner(_limits(settings, info), rows, committer, splitter, metrics, store=objects)
+
+
 def _limits(settings: Settings, info: QueueInfo) -> JobLimits:
     return JobLimits(
         output_prefixes=settings.output_prefixes,
         max_rows_per_job=settings.max_rows_per_job,
         dead_letter_prefix=settings.dead_letter_prefix if settings.dead_letter == "store" else None,
         max_receive_count=info.max_receive_count,
+        input_prefixes=settings.input_prefixes,
     )
 
 

@@ -59,11 +59,11 @@ async def redrive_all(
 ) -> tuple[int, QueueInfo, str]:
     """Move up to `limit` dead letters back to their queue: how many, what is left, and where they were.
 
-    Raises InvalidMessage for a queue that has none, or whose messages are in groups.
+    Raises InvalidMessage for a queue that has none, or whose messages are in order.
     """
     if queue_url.endswith(".fifo"):
         raise InvalidMessage(
-            f"queue_url: {queue_url} is a FIFO queue, whose groups would be lost; use StartMessageMoveTask"
+            f"queue_url: {queue_url} is a FIFO queue, whose order would be lost; use StartMessageMoveTask"
         )
     async with Clients() as clients:
         queue = SqsQueue(clients, queue_url)

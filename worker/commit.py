@@ -1,25 +1,30 @@
 """The commit protocol: results, then the manifest, each by a conditional PUT.
 
 Whoever dies between two steps leaves a state from which the next attempt goes on: results without a
-manifest are summed up, not computed again, and what is committed counts, whoever committed it.
+manifest are summed up, not computed again, and what is committed counts, whoever committed it. A job of
+several parts has a tally beside each part's results; whoever finds all of them writes the manifest.
 """
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 
 import msgspec
 
 from worker import wire
-from worker.errors import JobIdReused, ObjectExists, ObjectNotFound
+from worker.errors import JobIdReused, LoramillError, ObjectExists, ObjectNotFound
 from worker.jobs import Delivery, Failure, Job, Output
+from worker.spool import Spool
 from worker.transport.store import Store, StoredObject
-from worker.wire.manifest import Manifest, OutputFile, failed, summarize
-from worker.wire.results import Tally
+from worker.wire.manifest import CommittedPart, Manifest, OutputFile, failed, summarize
+from worker.wire.output import LineReader
+from worker.wire.results import Tally, total
+from worker.wire.split import InputFile, Slice, Split
 
 _DIGEST = "job-digest"
-_JSONL, _JSON = "application/jsonl", "application/json"
-
-Part = tuple[OutputFile, Tally]
+_JSON = "application/json"
+_AT_ONCE = 16
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,42 +60,106 @@ class Committer:
         """Whether its sender has taken the job back; see `follow.cancel`."""
         return await self._store.head(wire.cancel_uri(job.output, job.id)) is not None
 
-    async def part(self, job: Job) -> Part | None:
-        """The results that an earlier attempt at this job committed. Raises JobIdReused as above."""
+    async def split(self, job: Job) -> Split | None:
+        """How an earlier attempt split this very job. Raises JobIdReused as above."""
         try:
-            body, stored = await self._store.get(wire.result_uri(job))
+            body, _ = await self._store.get(wire.parts_uri(job.output, job.id))
         except ObjectNotFound:
+            return None
+        split = wire.decode_split(body)
+        if split.digest != job.digest:
+            raise _reused(job)
+        return split
+
+    async def commit_split(self, job: Job, slices: Sequence[Slice]) -> Split:
+        """Say how a job is split, unless somebody said it before; returns what holds."""
+        assert job.source is not None
+        split = Split(
+            job_id=job.id,
+            digest=job.digest,
+            input=InputFile(job.source.uri, job.source.etag or ""),
+            rows=sum(one.rows for one in slices),
+            parts=tuple(slices),
+            created_at=self._clock(),
+        )
+        try:
+            await self._store.put_if_absent(
+                wire.parts_uri(job.output, job.id), wire.encode_split(split), _JSON
+            )
+        except ObjectExists:
+            return await self.split(job) or split
+        return split
+
+    async def part(self, job: Job) -> CommittedPart | None:
+        """What an earlier attempt committed of this part. Raises JobIdReused as above."""
+        if job.place[1] > 1:
+            tallied = await self._tallied(wire.tally_uri(job))
+            if tallied is not None:
+                if tallied.digest != job.digest:
+                    raise _reused(job)
+                return tallied
+        stored = await self._store.head(wire.result_uri(job))
+        if stored is None:
             return None
         if stored.metadata.get(_DIGEST) != job.digest:
             raise _reused(job)
-        return _part(job, body, stored)
+        return await self._tell(job, stored, await self._recount(job, stored))
 
-    async def commit_part(self, job: Job, body: bytes) -> Part:
-        """Store the results; where somebody stored them first, theirs count and are returned."""
+    async def commit_part(self, job: Job, spool: Spool) -> tuple[CommittedPart, bool]:
+        """Store the results, and say True; where somebody stored them first, theirs count: then False."""
         try:
-            stored = await self._store.put_if_absent(
-                wire.result_uri(job), body, _JSONL, metadata={_DIGEST: job.digest}
-            )
+            stored = await spool.put_if_absent(self._store, wire.result_uri(job), {_DIGEST: job.digest})
         except ObjectExists:
             part = await self.part(job)
             if part is None:
                 raise
-            return part
-        return _part(job, body, stored)
+            return part, False
+        return await self._tell(job, stored, spool.tally), True
 
-    async def commit(self, job: Job, part: Part, started_at: float) -> Manifest | None:
-        """Write the manifest of a job whose results are committed; None if it was there already.
+    async def numbers_done(self, job: Job) -> dict[int, str]:
+        """The parts of a job that are committed, and where their tallies are."""
+        uris = dict[int, str]()
+        async for stored in self._store.list(wire.tallies_uri(job.output, job.id)):
+            match wire.part_number(stored.uri):
+                case (number, count) if count == job.place[1]:
+                    uris[number] = stored.uri
+        return uris
+
+    async def finished(self, job: Job) -> list[CommittedPart] | None:
+        """All parts of a job in their order, once all are committed."""
+        _, count = job.place
+        uris = await self.numbers_done(job)
+        if len(uris) < count:
+            return None
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def read(uri: str) -> CommittedPart | None:
+            async with gate:
+                return await self._tallied(uri)
+
+        found = await asyncio.gather(*(read(uris[number]) for number in range(count)))
+        parts = [part for part in found if part is not None and part.digest == job.digest]
+        return parts if len(parts) == count else None
+
+    async def commit(self, job: Job, parts: Sequence[CommittedPart], started_at: float) -> Manifest | None:
+        """Write the manifest of a job whose parts are all committed; None if it was there already.
 
         Where Bedrock's own is wanted too, it goes first: it follows from the results, whoever writes it.
         Raises JobIdReused as above.
         """
+        split = await self.split(job) if job.place[1] > 1 else None
+        rows = sum(part.tally.rows for part in parts)
+        if split is not None and split.rows != rows:
+            raise LoramillError(f"job {job.id} has {split.rows} rows, and its parts {rows}")
         if job.output.format == "bedrock":
-            await self._store.put(wire.summary_uri(job), wire.encode_summary(part[1]), _JSON)
+            whole = total([part.tally for part in parts])
+            await self._store.put(wire.summary_uri(job), wire.encode_summary(whole), _JSON)
         manifest = summarize(
             job,
-            [part],
-            started_at=started_at,
+            [(part.output, part.tally) for part in parts],
+            started_at=started_at if split is None else split.created_at,
             finished_at=self._clock(),
+            input_file=None if job.source is None else InputFile(job.source.uri, job.source.etag or ""),
             **msgspec.structs.asdict(self._provenance),
         )
         if await self._commit_manifest(job.output, manifest):
@@ -124,6 +193,28 @@ class Committer:
         letter = wire.encode_dead_letter(delivery, failure, now=self._clock())
         await self._store.put(wire.dead_letter_uri(prefix, delivery.message_id), letter, _JSON)
 
+    async def _tell(self, job: Job, stored: StoredObject, tally: Tally) -> CommittedPart:
+        """A part that is committed; of several the tally is kept, so that nobody reads the results for it."""
+        output = OutputFile(stored.uri, stored.etag, tally.sha256, tally.rows)
+        part = CommittedPart(digest=job.digest, output=output, tally=tally)
+        if job.place[1] > 1:
+            await self._store.put(wire.tally_uri(job), wire.encode_part_tally(part), _JSON)
+        return part
+
+    async def _tallied(self, uri: str) -> CommittedPart | None:
+        try:
+            body, _ = await self._store.get(uri)
+        except ObjectNotFound:
+            return None
+        return wire.decode_part_tally(body)
+
+    async def _recount(self, job: Job, stored: StoredObject) -> Tally:
+        reader = LineReader(job.output.format)
+        async with aclosing(self._store.stream(stored)) as chunks:
+            async for chunk in chunks:
+                reader.feed(chunk)
+        return reader.finish()
+
     async def _manifest(self, output: Output, job_id: str) -> Manifest | None:
         try:
             body, _ = await self._store.get(wire.manifest_uri(output, job_id))
@@ -147,11 +238,6 @@ class Committer:
 
 def _is_final(manifest: Manifest) -> bool:
     return manifest.error is None or not manifest.error.retryable
-
-
-def _part(job: Job, body: bytes, stored: StoredObject) -> Part:
-    counted = wire.tally(body, job.output.format)
-    return OutputFile(stored.uri, stored.etag, counted.sha256, counted.rows), counted
 
 
 def _reused(job: Job) -> JobIdReused:

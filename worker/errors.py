@@ -6,6 +6,7 @@ LoramillError
 ├── JobError             the job can never succeed: a `failed` manifest (or a dead letter), then ack
 │   ├── InvalidMessage       not JSON, wrong schema, a limit exceeded
 │   ├── InvalidInput         the file it refers to is gone, another one, or damaged
+│   ├── ForbiddenInput       `input.uri` lies outside the worker's INPUT_PREFIXES
 │   ├── ForbiddenOutput      `output.uri` lies outside the worker's OUTPUT_PREFIXES
 │   └── JobIdReused          another job was committed under the same id
 ├── RowError             one row fails: an error line in the results; its neighbours go on
@@ -69,6 +70,12 @@ class InvalidInput(JobError):
     """The file that the job refers to cannot be read as what it is said to be."""
 
     code = "invalid_input"
+
+
+class ForbiddenInput(JobError):
+    """The job asks for a file that this worker may not read."""
+
+    code = "forbidden_input"
 
 
 class ForbiddenOutput(JobError):

@@ -22,8 +22,8 @@ _RETRY_SECONDS = 2.0
 class Intake:
     """Polls `queue`, opens a lease for each delivery and runs it as a task of its own.
 
-    No poll begins while as many rows are at work as `max_rows`; the size of a message is known only after
-    it came, so the last one may exceed that.
+    No poll begins while there is no room for a row. The size of a message is known only after it came, so
+    the last ones may exceed the room; as many are asked for as fit if they are like those at work.
     """
 
     def __init__(
@@ -33,16 +33,18 @@ class Intake:
         runner: Runner,
         metrics: Metrics,
         *,
-        rows_in_flight: Callable[[], int],
-        max_rows: int,
+        room: Callable[[], int],
+        mean_rows: Callable[[], float] = lambda: 1.0,
+        max_messages: int,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._queue = queue
         self._keeper = keeper
         self._runner = runner
         self._metrics = metrics
-        self._rows_in_flight = rows_in_flight
-        self._max_rows = max_rows
+        self._room = room
+        self._mean_rows = mean_rows
+        self._max_messages = max_messages
         self._poll_seconds = poll_seconds
         self._tasks: set[asyncio.Task[None]] = set()
         self._something_ended = asyncio.Event()
@@ -65,11 +67,11 @@ class Intake:
         while not stop.is_set():
             if self._failure is not None:
                 raise self._failure
-            room = self._max_rows - max(self._rows_in_flight(), len(self._tasks))
-            if room <= 0:
+            limit = self._limit()
+            if not limit:
                 await self._until_something_ends(stop)
                 continue
-            for lease in await self._poll(min(_MAX_MESSAGES, room)):
+            for lease in await self._poll(limit):
                 if stop.is_set():
                     await _return(lease)
                 else:
@@ -98,6 +100,14 @@ class Intake:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         return not left
+
+    def _limit(self) -> int:
+        """Messages to ask for; 0 is none."""
+        room = self._room()
+        if room <= 0:
+            return 0
+        fitting = max(1, int(room / self._mean_rows()))
+        return min(_MAX_MESSAGES, fitting, max(0, self._max_messages - len(self._tasks)))
 
     async def _poll(self, limit: int) -> list[Lease]:
         try:

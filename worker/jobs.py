@@ -4,6 +4,7 @@ All are frozen. Times are seconds since the Unix epoch unless a name says otherw
 """
 
 import enum
+from collections.abc import Collection
 
 import msgspec
 
@@ -18,6 +19,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     sent_at: float = 0.0
     attributes: dict[str, str] = {}
     """Message attributes of type String or Number, as text."""
+    group_id: str | None = None
+    """MessageGroupId, the tenant of a fair queue."""
 
 
 MAX_TOP_N_TOKENS = 20
@@ -86,6 +89,20 @@ class Task(enum.StrEnum):
     SCORE = "score"
 
 
+class Given(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job says about a row outside the row."""
+
+    adapter: object = None
+    """For a row that names none itself; text, or the row is refused."""
+    override: str | None = None
+    """Wins over the row's own adapter; "" is the base model."""
+    parameters: object = None
+    """Those that the row has no own value for; an object, or the row is refused."""
+    task: Task = Task.GENERATE
+    base_models: Collection[str] | None = None
+    """Names of the base model; None where they are not known: then whatever can be no adapter's is one."""
+
+
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """What a line in the shape of a row of another format needs from that row."""
 
@@ -131,17 +148,60 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str = "native"
 
 
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """An object whose lines are rows: those that begin in its bytes `start` to `stop`."""
+
+    uri: str
+    etag: str | None = None
+    """Of the version that is meant; None is whatever is there."""
+    format: str = "auto"
+    """Of the rows: `native`, `openai`, `bedrock`, or `auto`, which looks at each."""
+    start: int = 0
+    """Where the object is packed, bytes of what it holds; so is `stop`."""
+    stop: int | None = None
+    """None is the end."""
+
+    @property
+    def is_packed(self) -> bool:
+        return self.uri.endswith(".gz")
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Which rows of a job are run together: each part has a message and a file of results of its own."""
+
+    number: int = 0
+    count: int = 1
+    first_row: int = 0
+    """Index of its first row in the job."""
+    rows: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoded job message, ready to run."""
+    """A decoded job message: its rows, or the source that they are in."""
 
     id: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
+    source: Source | None = None
+    part: Part | None = None
+    """None where it is all of the rows; those of `source` are counted first."""
+    given: Given = Given()
+    """For the rows of `source`."""
     output: Output
     digest: str
     """sha256 of what was asked for, so that an id used twice for different work is noticed."""
     created_at: float
     expires_at: float | None = None
     metadata: dict[str, str] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows this message is about; 0 while nobody knows."""
+        return len(self.rows) if self.part is None else self.part.rows
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of its part, from 0, and of how many."""
+        return (0, 1) if self.part is None else (self.part.number, self.part.count)
 
 
 class AdapterKey(msgspec.Struct, frozen=True, order=True):

@@ -13,7 +13,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _LOAD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
-OUTCOMES = ("committed", "duplicate", "failed", "dead_letter", "released", "lost")
+OUTCOMES = ("committed", "duplicate", "split", "ignored", "failed", "dead_letter", "released", "lost")
 TIERS = ("slot", "host")
 BASE, OTHERS = "(base)", "(others)"
 """Values of the label `adapter` that no adapter can have for a name."""

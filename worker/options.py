@@ -15,6 +15,8 @@ _PANELS = (
         (
             "queue_url",
             "output_prefixes",
+            "input_prefixes",
+            "rows_per_part",
             "visibility",
             "drain",
             "exit",

@@ -12,7 +12,7 @@ import msgspec
 from worker.errors import QueueRefused, QueueUnavailable
 from worker.jobs import Delivery
 from worker.transport.queue import MAX_BATCH, Queue
-from worker.wire.native import MAX_BODY_BYTES
+from worker.wire.enqueue import MAX_BODY_BYTES
 
 _WAIT_SECONDS = 2.0
 """Enough for a poll to ask all of the service's servers."""
@@ -30,7 +30,7 @@ async def redrive(
 
     A message is sent before it is deleted: when this dies in between it is in both, and a worker does its job
     once all the same. What cannot be sent stays, and costs the others nothing; what is dead again by the time
-    it is met again stays too. Attributes of type Binary, and groups of messages, stay behind. Raises
+    it is met again stays too. Attributes of type Binary stay behind. Raises
     QueueRefused and QueueUnavailable, at the end if it was about single messages.
     """
     moved, trouble = 0, dict[str, BaseException | str]()
@@ -70,7 +70,7 @@ async def redrive(
 
 
 async def _send(queue: Queue, delivery: Delivery) -> str:
-    return await queue.send(_with_id(delivery), delivery.attributes)
+    return await queue.send(_with_id(delivery), delivery.attributes, delivery.group_id)
 
 
 def _with_id(delivery: Delivery) -> str:
@@ -79,7 +79,11 @@ def _with_id(delivery: Delivery) -> str:
         body = msgspec.json.decode(delivery.body)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return delivery.body
-    if not isinstance(body, dict) or "inputs" not in body or body.get("id") is not None:
+    if (
+        not isinstance(body, dict)
+        or body.keys().isdisjoint({"inputs", "input"})
+        or body.get("id") is not None
+    ):
         return delivery.body
     # Of two entries with one name the last counts, should there be a null.
     named = f'{delivery.body.rstrip()[:-1]},"id":"{delivery.message_id}"}}'

@@ -5,8 +5,8 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,6 +17,8 @@ from worker.bridge import Bridge
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import Cancelled, EngineFailed, Expired, RowError
+from worker.flow import FlowControl
+from worker.in_order import InOrder
 from worker.jobs import (
     AdapterKey,
     Completion,
@@ -30,18 +32,28 @@ from worker.jobs import (
 )
 from worker.wire.checks import failure_of
 
+LARGE = 4
+_AHEAD = 64
+"""Results that may wait for an earlier one, by rows at work."""
+
 
 class Hold:
-    """The rows of a job that is at work, and how many of them have no result yet."""
+    """A message that is at work: its job, once that is known, and how many rows have no result yet."""
 
-    __slots__ = ("began", "cancelled", "job", "left")
+    __slots__ = ("began", "cancelled", "job", "left", "num_bytes", "rows")
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.left = len(job.rows)
+    def __init__(self, num_bytes: int) -> None:
+        self.job: Job | None = None
+        self.rows = self.left = 1  # a message that is looked at counts as a row
+        self.num_bytes = num_bytes
         self.began = time.monotonic()
         self.cancelled = False
         """Whoever sets this has rows fail that are not started yet."""
+
+    def take(self, job: Job) -> None:
+        """From now on it is this job."""
+        self.job = job
+        self.rows = self.left = max(1, job.num_rows)
 
 
 class _Encoded(NamedTuple):
@@ -60,61 +72,100 @@ class _Encoded(NamedTuple):
 
 
 class RowRunner:
-    """Runs rows of many jobs at once. At most `max_at_once` rows of one job are with the engine."""
+    """Runs rows of many jobs at once, as many of one job as `flow` has room for.
+
+    A job of more rows than a `LARGE`-th of that is a large one: its rows take turns with those of others.
+    """
 
     def __init__(
         self,
         bridge: Bridge,
         tokenizer: Tokenizer,
         adapters: AdapterDirectory,
+        flow: FlowControl,
         *,
-        max_at_once: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._bridge = bridge
         self._tokenizer = tokenizer
         self._adapters = adapters
-        self._max_at_once = max_at_once
+        self._flow = flow
         self._clock = clock
         self._numbers = itertools.count()
         self._holds: set[Hold] = set()
 
     @property
     def in_flight(self) -> int:
-        """Rows of the jobs at work that have no result yet."""
+        """Rows of the messages at work that have no result yet."""
         return sum(hold.left for hold in self._holds)
 
+    @property
+    def room(self) -> int:
+        """How many more rows may be taken from the queue; a large job counts as the least that is large."""
+        taken = sum(min(hold.left, self._large) for hold in self._holds)
+        return 0 if self._flow.is_full else max(0, self._flow.max_rows - taken)
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a message, on average of those at work, a large job counted as above."""
+        if not self._holds:
+            return self._large
+        return sum(min(hold.rows, self._large) for hold in self._holds) / len(self._holds)
+
+    @property
+    def _large(self) -> int:
+        return max(1, self._flow.max_rows // LARGE)
+
     @contextmanager
-    def hold(self, job: Job) -> Iterator[Hold]:
-        """Count the rows of `job` as at work from now to the end of the block."""
-        hold = Hold(job)
+    def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
+        """Count a message of so many bytes as at work from now to the end of the block."""
+        hold = Hold(num_bytes)
         self._holds.add(hold)
+        self._flow.take(num_bytes=num_bytes)
         try:
             yield hold
         finally:
             self._holds.discard(hold)
+            self._flow.give_back(num_bytes=num_bytes)
 
-    async def run(self, hold: Hold) -> list[RowResult]:
-        """A result for every row, in order. Raises EngineFailed; a row's own failure is in its result."""
-        job, results = hold.job, list[RowResult]()
-        rows = iter(job.rows)
+    async def run(
+        self, hold: Hold, rows: AsyncIterator[Row], emit: Callable[[RowResult], Awaitable[None]]
+    ) -> None:
+        """Give `emit` a result for every row, in order; a row's own failure is in its result.
+
+        Raises what `rows` and `emit` raise, and EngineFailed.
+        """
+        assert hold.job is not None
+        taken, in_order = _Taken(rows), InOrder(emit, max_ahead=_AHEAD * self._flow.max_rows)
+        workers = min(hold.rows, self._flow.max_rows)
         try:
             async with asyncio.TaskGroup() as group:
-                for number in range(min(len(job.rows), self._max_at_once)):
-                    group.create_task(self._take(hold, rows, results), name=f"rows-{number}-{job.id}")
+                for number in range(workers):
+                    name = f"rows-{number}-{hold.job.id}"
+                    group.create_task(self._take(hold, taken, in_order), name=name)
         except BaseExceptionGroup as error:
             raise _cause(error) from error
-        if len(results) < len(job.rows):  # a group does not mind if its tasks are cancelled
-            raise EngineFailed(f"{len(job.rows) - len(results)} rows of job {job.id} were dropped")
-        return sorted(results, key=lambda result: result.row.index)
+        # A group does not mind if its tasks are cancelled.
+        if not taken.ended or in_order.passed_on < taken.count:
+            raise EngineFailed(f"rows of job {hold.job.id} were dropped")
 
-    async def _take(self, hold: Hold, rows: Iterator[Row], results: list[RowResult]) -> None:
-        for row in rows:
-            results.append(await self._run(hold, row))
-            hold.left -= 1
+    async def _take(self, hold: Hold, taken: "_Taken", in_order: InOrder[RowResult]) -> None:
+        """See rows through, one after the other, until there are none."""
+        is_large = hold.rows > self._large
+        while True:
+            async with self._flow.turn() if is_large else nullcontext():
+                numbered = await taken.next()
+                if numbered is None:
+                    return
+                number, row = numbered
+                await in_order.room(number)
+                result = await self._run(hold, row)
+            hold.left = max(0, hold.left - 1)
+            await in_order.put(number, result)
 
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         job = hold.job
+        assert job is not None
         if row.failure is not None:
             return RowResult(row=row, failure=row.failure)
         version = None
@@ -125,7 +176,7 @@ class RowRunner:
                 version = None if adapter is None else adapter.version
                 encoded = await asyncio.to_thread(self._encode, row)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-                completion = await self._bridge.submit(self._request(job, row, encoded, key), adapter)
+                completion = await self._submit(self._request(job, row, encoded, key), adapter)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         details = {}
@@ -144,9 +195,18 @@ class RowRunner:
             **details,
         )
 
+    async def _submit(self, request: InferenceRequest, adapter: AdapterFolder | None) -> Completion:
+        tokens = len(request.prompt) + request.params.max_new_tokens
+        self._flow.take(tokens=tokens)
+        try:
+            return await self._bridge.submit(request, adapter)
+        finally:
+            self._flow.give_back(tokens=tokens)
+
     def _refuse_late(self, hold: Hold) -> None:
         """Raise Cancelled or Expired when no row of the job may start any more."""
         job = hold.job
+        assert job is not None
         if hold.cancelled:
             raise Cancelled(f"Job {job.id} was cancelled before this row was started")
         if job.expires_at is not None and self._clock() > job.expires_at:
@@ -208,6 +268,25 @@ class RowRunner:
         if completion.prompt_log_probs is not None:
             details["prefill"] = spelled(zip(encoded.tokens, completion.prompt_log_probs, strict=True))
         return details
+
+
+class _Taken:
+    """Rows by their numbers in this run, from 0; one reader at a time."""
+
+    def __init__(self, rows: AsyncIterator[Row]) -> None:
+        self._rows = rows
+        self._turn = asyncio.Lock()
+        self.count = 0
+        self.ended = False
+
+    async def next(self) -> tuple[int, Row] | None:
+        async with self._turn:
+            row = None if self.ended else await anext(self._rows, None)
+            if row is None:
+                self.ended = True
+                return None
+            self.count += 1
+            return self.count - 1, row
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

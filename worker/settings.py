@@ -59,6 +59,14 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="S3 prefixes that jobs may write to.", pattern=S3_PREFIX, extra=_S3),
     ] = ()
+    input_prefixes: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="S3 prefixes that jobs may read their rows from. Default: any.",
+            pattern=S3_PREFIX,
+            extra=_S3,
+        ),
+    ] = ()
     device: Annotated[
         str,
         Meta(
@@ -127,6 +135,25 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             ge=1,
         ),
     ] = None
+
+    max_in_flight_tokens: Annotated[
+        int | None,
+        Meta(
+            description="Likewise for their tokens, prompts and the most they may generate. "
+            "Default: 4 x what the KV cache has room for.",
+            ge=1,
+        ),
+    ] = None
+    max_in_flight_bytes: Annotated[int, Meta(description="Likewise for the bytes of the messages.", ge=1)] = (
+        128 << 20
+    )
+    rows_per_part: Annotated[
+        int,
+        Meta(
+            description="A larger input is split into parts of so many rows, each with a message of its own.",
+            ge=1,
+        ),
+    ] = 2000
 
     visibility_timeout_seconds: Annotated[
         int,

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from tests import tiny
-from tests.e2e.conftest import PREFIX, Mill, Process, Queue, wait_until
+from tests.e2e.conftest import BUCKET, PREFIX, Mill, Process, Queue, wait_until
 from tests.glue.malformed import MALFORMED
 
 PROMPTS = ["The first line", "b", "Something longer than the others, by far."]
@@ -27,6 +27,7 @@ def queue(mill: Mill) -> Queue:
 def worker(mill: Mill, queue: Queue, versions: dict[str, str]) -> Iterator[Process]:
     """Less room for adapters than there are adapters."""
     flags = ["--max-loras", "2", "--max-cpu-loras", "2", "--max-num-seqs", "4", "--max-rows-per-job", "50"]
+    flags += ["--rows-per-part", "30", "--input-prefixes", f"s3://{BUCKET}/in/"]
     with mill.worker("--sync", *flags, LORAMILL_QUEUE_URL=queue.url) as process:
         process.wait_ready()
         yield process
@@ -215,3 +216,61 @@ def test_the_log_says_where_the_worker_listens_and_what_it_commits(mill, queue, 
 def _here(body: str) -> str:
     """A message of the glue tests, whose prefix is another."""
     return body.replace("s3://out/jobs/", PREFIX)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_input_is_split_and_every_row_is_answered_once(mill, queue, worker, packed):
+    names = ["", "red", "green", "blue", "nobody"]
+    rows = [
+        {"id": f"r{n}", "input": PROMPTS[n % 3], "adapter": names[n % 5], "parameters": {"max_new_tokens": 2}}
+        for n in range(100)
+    ]
+    data = b"\n".join(json.dumps(row).encode() for row in rows)
+    key = f"in/{mill.new_name()}.jsonl{'.gz' if packed else ''}"
+    mill.s3.put_object(Bucket=BUCKET, Key=key, Body=gzip.compress(data) if packed else data)
+    job = mill.new_name()
+    queue.send(id=job, input={"uri": f"s3://{BUCKET}/{key}"}, output={"uri": PREFIX})
+    manifest = wait_until(lambda: mill.manifest(job), "the manifest")
+    assert manifest["request_counts"] == {"total": 100, "completed": 80, "failed": 20}
+    assert manifest["error_counts"] == {"adapter_not_found": 20}
+    assert len(manifest["outputs"]) == 4
+    found = mill.results(job)
+    assert [(line["id"], line["index"], line["adapter"]) for line in found] == [
+        (f"r{n}", n, names[n % 5]) for n in range(100)
+    ]
+    said = {}
+    for line in found:
+        said.setdefault((line["adapter"], line["index"] % 3), set()).add(line["generated_text"])
+    assert all(len(texts) == 1 for texts in said.values()), "the same row is the same text in any part"
+    wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
+
+
+def test_input_outside_the_prefixes_fails_the_job(mill, queue, worker):
+    job = mill.new_name()
+    queue.send(id=job, input={"uri": f"s3://{BUCKET}/tiny/config.json"}, output={"uri": PREFIX})
+    manifest = wait_until(lambda: mill.manifest(job), "the manifest")
+    assert manifest["error"]["code"] == "forbidden_input"
+
+
+def test_a_body_that_lies_in_s3_and_an_event_of_s3_are_jobs(mill, queue, worker):
+    job, key = mill.new_name(), f"in/{mill.new_name()}"
+    body = json.dumps({"id": job, "inputs": PROMPTS, "output": {"uri": PREFIX}})
+    mill.s3.put_object(Bucket=BUCKET, Key=key, Body=body.encode())
+    pointer = ["software.amazon.payloadoffloading.PayloadS3Pointer", {"s3BucketName": BUCKET, "s3Key": key}]
+    queue.send(json.dumps(pointer), {"ExtendedPayloadSize": str(len(body))})
+    assert wait_until(lambda: mill.manifest(job), "the manifest")["request_counts"]["completed"] == 3
+
+    dropped = "in/a file+1.jsonl"
+    stored = mill.s3.put_object(Bucket=BUCKET, Key=dropped, Body=b'"one"\n"two"\n')
+    record = {
+        "eventSource": "aws:s3",
+        "eventName": "ObjectCreated:Put",
+        "s3": {"bucket": {"name": BUCKET}, "object": {"key": "in/a+file%2B1.jsonl", "eTag": stored["ETag"]}},
+    }
+    before = set(mill.keys("out/s3-"))
+    queue.send(json.dumps({"Type": "Notification", "Message": json.dumps({"Records": [record]})}))
+    wait_until(lambda: len(set(mill.keys("out/s3-")) - before) == 2, "results of the file")
+    name = next(iter(set(mill.keys("out/s3-")) - before)).split("/")[1]
+    assert [line["error"] for line in mill.results(name)] == [None, None]
+    queue.send(json.dumps({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": BUCKET}))
+    wait_until(lambda: queue.counts() == (0, 0), "an empty queue")

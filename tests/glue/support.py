@@ -2,19 +2,23 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 from prometheus_client import CollectorRegistry
 
 from tests.glue.malformed import MAX_ROWS
 from worker import wire
+from worker.adapters import AdapterDirectory
 from worker.commit import Committer, Provenance
+from worker.flow import FlowControl
+from worker.inputs import rows_of
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
 from worker.metrics import Metrics
 from worker.rows import Hold, RowRunner
 from worker.runner import JobLimits, Runner, names_of
+from worker.splitter import Splitter
 from worker.transport.lease import Lease, LeaseKeeper
 from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
 from worker.transport.objects import StoredObject
@@ -47,8 +51,10 @@ class WatchedStore(MemoryStore):
     """Tells `hook` before and after every call: `get manifest.json?`, `get manifest.json!`."""
 
     def __init__(self) -> None:
-        super().__init__({"out"})
+        super().__init__({"out", "in"})
         self.hook: Hook = nothing
+        self.files: list[str] = []
+        """What was stored from files."""
 
     async def put_if_absent(
         self,
@@ -74,6 +80,22 @@ class WatchedStore(MemoryStore):
         await self.hook(f"get {_file(uri)}?")
         found = await super().get(uri, max_bytes=max_bytes)
         await self.hook(f"get {_file(uri)}!")
+        return found
+
+    async def put_file_if_absent(
+        self,
+        uri: str,
+        file: BinaryIO,
+        content_type: str = "application/octet-stream",
+        metadata: Mapping[str, str] | None = None,
+    ) -> StoredObject:
+        self.files.append(uri)
+        return await super().put_file_if_absent(uri, file, content_type, metadata)
+
+    async def head(self, uri: str) -> StoredObject | None:
+        await self.hook(f"head {_file(uri)}?")
+        found = await super().head(uri)
+        await self.hook(f"head {_file(uri)}!")
         return found
 
     def text(self, uri: str) -> str:
@@ -115,28 +137,44 @@ class EchoRows:
         self.hook: Hook = nothing
         self.computed: list[str] = []
         self.cancelled = 0
-        self.in_flight = 0
 
     @contextmanager
-    def hold(self, job: Job) -> Iterator[Hold]:
-        yield Hold(job)
+    def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
+        yield Hold(num_bytes)
 
-    async def run(self, hold: Hold) -> list[RowResult]:
-        job = hold.job
+    async def run(
+        self, hold: Hold, rows: AsyncIterator[Row], emit: Callable[[RowResult], Awaitable[None]]
+    ) -> None:
+        assert hold.job is not None
         try:
             await self.hook("run?")
-            self.computed += [f"{job.id}/{row.index}" for row in job.rows]
+            taken = [row async for row in rows]
+            self.computed += [f"{hold.job.id}/{row.index}" for row in taken]
             await self.hook("run!")
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return [echo(row) for row in job.rows]
+        for row in taken:
+            await emit(echo(row))
+
+
+def make_runner(bridge: Any, tokenizer: Any, adapters: AdapterDirectory, **options: Any) -> RowRunner:
+    """A RowRunner that takes `max_rows` rows (8) at a time."""
+    flow = FlowControl(max_rows=options.pop("max_rows", 8), max_tokens=1 << 40, max_bytes=1 << 40)
+    return RowRunner(bridge, tokenizer, adapters, flow, **options)
 
 
 async def run_rows(rows: RowRunner, job: Job) -> list[RowResult]:
     """All results of a job by itself."""
-    with rows.hold(job) as hold:
-        return await rows.run(hold)
+    results: list[RowResult] = []
+
+    async def emit(result: RowResult) -> None:
+        results.append(result)
+
+    with rows.hold() as hold:
+        hold.take(job)
+        await rows.run(hold, rows_of(job, MemoryStore()), emit)
+    return results
 
 
 def echo(row: Row) -> RowResult:
@@ -166,6 +204,7 @@ class World:
         self.store = WatchedStore()
         self.committer = Committer(self.store, PROVENANCE, clock=self.clock)
         self.rows: Any = EchoRows()
+        self.rows_per_part = 4
         self.metrics = Metrics(CollectorRegistry())
         self.limits = JobLimits(
             output_prefixes=(PREFIX,),
@@ -178,7 +217,10 @@ class World:
     @property
     def runner(self) -> Runner:
         timing: Any = {"clock": self.clock, "sleep": self.clock.sleep}
-        return Runner(self.limits, self.rows, self.committer, self.metrics, **timing)
+        splitter = Splitter(self.store, self.committer, self.queue, rows_per_part=self.rows_per_part)
+        return Runner(
+            self.limits, self.rows, self.committer, splitter, self.metrics, store=self.store, **timing
+        )
 
     def keeper(self) -> LeaseKeeper:
         return LeaseKeeper(self.queue, VISIBILITY, clock=self.clock, sleep=self.clock.sleep)

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from adapters_sync.layout import AdapterFolder, resolve
-from tests.glue.support import make_job, run_rows, until
+from tests.glue.support import make_job, make_runner, run_rows, until
 from worker.adapters import AdapterDirectory
 from worker.app import Core, build_core
 from worker.bridge import Bridge
 from worker.engine.engine import StepStats
 from worker.errors import AdapterInvalid, AdapterStoreFull, EngineFailed, PromptTooLong, RowFailed
 from worker.jobs import AdapterKey, Completion, InferenceRequest, SamplingParams
-from worker.rows import RowRunner
 from worker.settings import read_settings
 
 PROMPTS = ["one", "another", "a third, longer one"]
@@ -284,7 +283,7 @@ def test_a_job_whose_engine_goes_away_has_no_results_rather_than_fewer(core, tmp
 
     async def scenario() -> None:
         async with Bridge(core.engine, core.store) as bridge:
-            rows = RowRunner(bridge, core.base.tokenizer, AdapterDirectory(tmp_path, 0.0), max_at_once=4)
+            rows = make_runner(bridge, core.base.tokenizer, AdapterDirectory(tmp_path, 0.0), max_rows=4)
             job = make_job(inputs=["x"] * 6, parameters={"max_new_tokens": 100, "ignore_eos": True})
             running = asyncio.create_task(run_rows(rows, job))
             await until(lambda: len(bridge._flights) == 4)
@@ -312,7 +311,7 @@ def test_rows_of_a_job_come_back_in_order_whoever_ends_first(core, adapters, ada
     async def scenario() -> None:
         async with Bridge(core.engine, core.store) as bridge:
             directory = AdapterDirectory(adapter_paths[0].parent, 0.0)
-            rows = RowRunner(bridge, core.base.tokenizer, directory, max_at_once=8)
+            rows = make_runner(bridge, core.base.tokenizer, directory, max_rows=8)
             inputs = [
                 {
                     "input": PROMPTS[n % 3],

@@ -4,26 +4,40 @@ import asyncio
 import hashlib
 import json
 
+import msgspec
 import pytest
 
 from tests.glue.support import DEAD, PREFIX, World, echo, make_job, manifest_uri
 from worker import wire
 from worker.errors import JobIdReused, ObjectExists
-from worker.jobs import Delivery, Failure, Job, Output
-from worker.wire.manifest import Status
+from worker.jobs import Delivery, Failure, Job, Output, RowResult
+from worker.spool import Spool
+from worker.wire.manifest import CommittedPart, Status
 
 RESULTS = f"{PREFIX}j/results-00000-of-00001.jsonl"
 GAVE_UP = Failure("gave_up", "five times", retryable=True)
 REFUSED = Failure("invalid_message", "no", retryable=False)
 
 
-def body_for(job: Job) -> bytes:
-    return wire.encode_rows(job, [echo(row) for row in job.rows], base_model="m")
+def body_for(job: Job, text: str | None = None) -> bytes:
+    return wire.encode_rows(job, results_of(job, text), base_model="m")
 
 
-async def commit(world: World, job: Job, body: bytes | None = None) -> wire.Manifest | None:
-    part = await world.committer.commit_part(job, body or body_for(job))
-    return await world.committer.commit(job, part, 1.0)
+def results_of(job: Job, text: str | None) -> list[RowResult]:
+    """Echoes; with `text` in the place of the first."""
+    results = [echo(row) for row in job.rows]
+    return results if text is None else [msgspec.structs.replace(results[0], text=text), *results[1:]]
+
+
+async def commit_part(world: World, job: Job, text: str | None = None) -> CommittedPart:
+    with Spool(job, base_model="m") as spool:
+        for result in results_of(job, text):
+            await spool.add(result)
+        return (await world.committer.commit_part(job, spool))[0]
+
+
+async def commit(world: World, job: Job, text: str | None = None) -> wire.Manifest | None:
+    return await world.committer.commit(job, [await commit_part(world, job, text)], 1.0)
 
 
 async def fail(world: World, failure: Failure, job: Job | None = None) -> bool:
@@ -58,11 +72,11 @@ def test_manifest_tells_what_the_job_was_and_what_became_of_it():
 def test_a_part_without_manifest_is_summed_up_as_it_lies_there():
     async def scenario() -> None:
         world, job = World(), make_job()
-        stored = await world.committer.commit_part(job, body_for(job))
+        stored = await commit_part(world, job)
         assert not await world.committer.is_committed(job)
         found = await world.committer.part(job)
         assert found == stored
-        assert await world.committer.commit(job, found, 1.0) is not None
+        assert await world.committer.commit(job, [found], 1.0) is not None
         assert world.manifest("j").usage.completion_tokens == 6
 
     asyncio.run(scenario())
@@ -102,11 +116,11 @@ def test_an_id_used_for_other_work_is_refused_at_the_manifest():
 def test_an_id_used_for_other_work_is_refused_at_the_part():
     async def scenario() -> None:
         world, job, other = World(), make_job(), make_job(inputs=["else"])
-        await world.committer.commit_part(job, body_for(job))
+        await commit_part(world, job)
         with pytest.raises(JobIdReused):
             await world.committer.part(other)
         with pytest.raises(JobIdReused):
-            await world.committer.commit_part(other, body_for(other))
+            await commit_part(world, other)
         assert world.store.text(RESULTS).encode() == body_for(job)
 
     asyncio.run(scenario())
@@ -117,10 +131,10 @@ def test_an_id_used_for_other_work_is_refused_at_the_last_step_too():
 
     async def scenario() -> None:
         world, job = World(), make_job()
-        part = await world.committer.commit_part(job, body_for(job))
+        part = await commit_part(world, job)
         await fail(world, REFUSED)  # a malformed message under the same id
         with pytest.raises(JobIdReused):
-            await world.committer.commit(job, part, 1.0)
+            await world.committer.commit(job, [part], 1.0)
 
     asyncio.run(scenario())
 
@@ -129,12 +143,11 @@ def test_who_loses_the_race_for_a_part_takes_the_bytes_that_won():
     async def scenario() -> None:
         world, job = World(), make_job()
         won = body_for(job)
-        first = await world.committer.commit_part(job, won)
-        lost = won.replace(b'"A"', b'"B"')
-        assert lost != won
-        assert await world.committer.commit_part(job, lost) == first
+        first = await commit_part(world, job)
+        assert body_for(job, "B") != won
+        assert await commit_part(world, job, "B") == first
         assert world.store.text(RESULTS).encode() == won
-        assert first[0].sha256 == hashlib.sha256(won).hexdigest()
+        assert first.output.sha256 == hashlib.sha256(won).hexdigest()
 
     asyncio.run(scenario())
 
@@ -142,12 +155,11 @@ def test_who_loses_the_race_for_a_part_takes_the_bytes_that_won():
 def test_of_many_who_race_for_a_job_one_commits_it():
     async def scenario() -> None:
         world, job = World(), make_job()
-        bodies = [body_for(job).replace(b'"A"', b'"%d"' % n) for n in range(8)]
-        manifests = await asyncio.gather(*(commit(world, job, body) for body in bodies))
+        manifests = await asyncio.gather(*(commit(world, job, str(n)) for n in range(8)))
         winners = [one for one in manifests if one is not None]
         assert winners == [world.manifest("j")]
         stored = world.store.text(RESULTS).encode()
-        assert stored in bodies
+        assert stored in [body_for(job, str(n)) for n in range(8)]
         assert winners[0].outputs[0].sha256 == hashlib.sha256(stored).hexdigest()
 
     asyncio.run(scenario())
@@ -156,15 +168,15 @@ def test_of_many_who_race_for_a_job_one_commits_it():
 def test_a_part_that_vanishes_after_it_won_is_no_part():
     async def scenario() -> None:
         world, job = World(), make_job()
-        await world.committer.commit_part(job, body_for(job))
+        await commit_part(world, job)
 
         async def vanish(step: str) -> None:
-            if step == "get results?":
+            if step == "head results?":
                 world.store._objects.clear()
 
         world.store.hook = vanish
         with pytest.raises(ObjectExists):
-            await world.committer.commit_part(job, body_for(job))
+            await commit_part(world, job)
 
     asyncio.run(scenario())
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.glue.support import PREFIX, Died, World, body_of, make_job, nothing, run_rows
+from tests.glue.support import PREFIX, Died, World, body_of, make_job, make_runner, nothing, run_rows
 from tests.wire.test_lines import LINES
 from worker import wire
 from worker.adapters import AdapterDirectory
 from worker.jobs import Completion, FinishReason, InferenceRequest, SamplingParams, Score
-from worker.rows import RowRunner
 from worker.runner import names_of
 
 FORMATS = ("native", "openai", "bedrock")
@@ -78,7 +77,7 @@ class Answering:
 def world_of(bridge: Any) -> World:
     world, tokenizer = World(), Letters()
     adapters = AdapterDirectory(None, 30.0, clock=world.clock, sleep=world.clock.sleep)
-    world.rows = RowRunner(bridge, tokenizer, adapters, max_at_once=8)  # type: ignore[arg-type]
+    world.rows = make_runner(bridge, tokenizer, adapters, max_rows=8)
     return world
 
 

@@ -79,12 +79,14 @@ class Scene:
         self.metrics = Metrics(CollectorRegistry())
         self.stop = asyncio.Event()
         self.intake = Intake(
-            queue, keeper, runner, self.metrics, rows_in_flight=self.rows_in_flight, max_rows=max_rows
+            queue,
+            keeper,
+            runner,
+            self.metrics,
+            room=lambda: max(0, max_rows - self.rows()),
+            max_messages=max_rows,
         )
         self.running = asyncio.create_task(self.intake.run(self.stop))
-
-    def rows_in_flight(self) -> int:
-        return self.rows()
 
     async def visible(self) -> int:
         return (await self.queue.describe()).messages

@@ -69,6 +69,17 @@ def test_job_without_an_id_goes_on_being_the_job_of_its_first_message():
     play(scenario)
 
 
+def test_messages_keep_their_group_and_their_attributes():
+    async def scenario(dead_letters, queue):
+        await dead_letters.send('{"input": {"uri": "s3://b/k"}}', {"adapter": "x"}, "tenant")
+        await redrive(dead_letters, queue)
+        (delivery,) = await everything(queue)
+        assert (delivery.group_id, delivery.attributes) == ("tenant", {"adapter": "x"})
+        assert "id" in json.loads(delivery.body)
+
+    play(scenario)
+
+
 @pytest.mark.parametrize(
     "body", ["not JSON", "[]", '"text"', "{}", '{"Records": []}', "[" * 100_000, '{"inputs": 1, "id": "own"}']
 )
@@ -100,10 +111,10 @@ def test_message_that_cannot_be_sent_stays_and_costs_the_others_nothing():
             await dead_letters.send(f"{number}")
         send = queue.send
 
-        async def picky(body, attributes=None):
+        async def picky(body, attributes=None, group_id=None):
             if body in {"3", "17"}:
                 raise QueueRefused("InvalidMessageContents")
-            return await send(body, attributes)
+            return await send(body, attributes, group_id)
 
         queue.send = picky
         with pytest.raises(QueueUnavailable, match=r"23 messages were moved, 2 were not: .*InvalidMessage"):
@@ -166,8 +177,8 @@ def test_message_that_comes_again_is_not_sent_again(again):
                 return Outcome(lost=frozenset(receipts))
             return await delete(receipts)
 
-        async def die(body, attributes=None):
-            name = await send(body, attributes)
+        async def die(body, attributes=None, group_id=None):
+            name = await send(body, attributes, group_id)
             if again == "it died anew":
                 (message,) = queue._messages.values()
                 del queue._messages[name]

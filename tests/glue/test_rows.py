@@ -5,11 +5,10 @@ import json
 import threading
 from typing import Any
 
-from tests.glue.support import World, make_job, run_rows
+from tests.glue.support import World, make_job, make_runner, run_rows
 from worker import wire
 from worker.adapters import AdapterDirectory
 from worker.jobs import Completion, Failure, FinishReason, InferenceRequest, SamplingParams
-from worker.rows import RowRunner
 
 
 class Letters:
@@ -54,7 +53,7 @@ def line_of(tokenizer: Letters, bridge: Answering, **parameters: Any) -> dict[st
     async def scenario() -> dict[str, Any]:
         world = World()
         adapters = AdapterDirectory(None, 30.0, clock=world.clock, sleep=world.clock.sleep)
-        runner: Any = RowRunner(bridge, tokenizer, adapters, max_at_once=8)  # type: ignore[arg-type]
+        runner: Any = make_runner(bridge, tokenizer, adapters, max_rows=8)
         job = make_job(inputs=["in"], parameters=parameters)
         (line,) = wire.encode_rows(job, await run_rows(runner, job), base_model="m").splitlines()
         return json.loads(line)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from worker.errors import InvalidInput, StoreUnavailable
 from worker.transport import lines
-from worker.transport.lines import Line, Span, read_lines, split, unpacked_size
+from worker.transport.lines import END, Line, Span, read_lines
 from worker.transport.memory import MemoryStore
 from worker.transport.objects import StoredObject
 
@@ -87,17 +87,6 @@ def test_packed_files_are_the_same_lines(case, seed, files):
     assert [line for part in got for line in part] == expected(text)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 3000))
-def test_splitting_covers_all_and_nothing_twice(size, span_bytes):
-    spans = split(size, span_bytes)
-    assert spans[0].start == 0
-    assert spans[-1].stop == size
-    assert all(one.stop == other.start for one, other in itertools.pairwise(spans))
-    lengths = [span.stop - span.start for span in spans]
-    assert max(lengths) <= span_bytes
-    assert max(lengths) - min(lengths) <= 1
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_line_that_is_too_long_is_told_and_its_neighbours_are_read(packed, monkeypatch):
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 10)
@@ -112,6 +101,16 @@ def test_no_more_is_read_than_the_span_and_its_last_line():
     ((first, *_),) = read(store, text, [Span(150_000, 150_600)])
     assert first.content == b"25000"
     assert store.streamed < 10_000
+    store.streamed = 0
+    read(store, text, [Span(150_000, 150_602)])
+    assert store.streamed > 603, "a line that goes on beyond the span is read to its end"
+
+
+def test_nothing_is_read_beyond_a_span_that_ends_with_a_line():
+    store, text = Chunked(), b"".join(b"%05d\n" % number for number in range(50_000))
+    (got,) = read(store, text, [Span(150_000, 150_600)])
+    assert len(got) == 100
+    assert store.streamed == 601
 
 
 @pytest.mark.parametrize(
@@ -194,11 +193,11 @@ def test_what_unpacks_to_a_thousand_times_its_size_is_unpacked_bit_by_bit():
     async def main():
         store = MemoryStore()
         stored = await store.put("s3://b/k", packed)
-        return await unpacked_size(store, stored)
+        return [line async for line in read_lines(store, stored, Span(0, END), gzip=True)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "to_thread", watched)
-        assert asyncio.run(main()) == len(text)
+        assert asyncio.run(main()) == [Line(0, None)]
     assert longest <= 2 << 20
 
 

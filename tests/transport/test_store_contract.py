@@ -1,6 +1,7 @@
 """What every store keeps, the real one and the double alike."""
 
 import asyncio
+import contextlib
 import hashlib
 import random
 
@@ -211,12 +212,13 @@ def test_file_is_stored_unless_something_is_there(run_store, tmp_path, size):
     path.write_bytes(random.Random(size).randbytes(size))
 
     async def scenario(store, bucket):
-        stored = await store.put_file_if_absent(f"{bucket}/k", path, "text/plain", {"job-digest": "abc"})
+        with path.open("rb") as file:
+            stored = await store.put_file_if_absent(f"{bucket}/k", file, "text/plain", {"job-digest": "abc"})
         assert stored == await store.head(f"{bucket}/k")
         assert (stored.size, stored.metadata) == (size, {"job-digest": "abc"})
         assert hashlib.sha256(await drain(store.stream(stored))).digest() == digest
-        with pytest.raises(ObjectExists) as caught:
-            await store.put_file_if_absent(f"{bucket}/k", path)
+        with pytest.raises(ObjectExists) as caught, path.open("rb") as file:
+            await store.put_file_if_absent(f"{bucket}/k", file)
         assert caught.value.uri == f"{bucket}/k"
         assert await store.head(f"{bucket}/k") == stored
 
@@ -232,11 +234,13 @@ def test_race_of_large_files_has_one_winner(run_store, tmp_path):
         pytest.skip("SeaweedFS looks and then writes: of uploads that end at the same moment, two may win")
 
     async def scenario(store, bucket):
-        files = [tmp_path / str(number) for number in range(4)]
-        for number, path in enumerate(files):
-            path.write_bytes(bytes([number]) * LARGE)
-        tries = [store.put_file_if_absent(f"{bucket}/k", path) for path in files]
-        outcomes = await asyncio.gather(*tries, return_exceptions=True)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context((tmp_path / str(number)).open("w+b")) for number in range(4)]
+            for number, file in enumerate(files):
+                file.write(bytes([number]) * LARGE)
+                file.flush()
+            tries = [store.put_file_if_absent(f"{bucket}/k", file) for file in files]
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
         winners = [at for at, outcome in enumerate(outcomes) if isinstance(outcome, StoredObject)]
         losers = [outcome for outcome in outcomes if isinstance(outcome, ObjectExists)]
         assert (len(winners), len(losers)) == (1, 3), outcomes

@@ -222,8 +222,8 @@ def large(tmp_path, monkeypatch):
 
 def upload(service, path, error=None):
     async def scenario(store):
-        with nullcontext() if error is None else pytest.raises(error):
-            await store.put_file_if_absent("s3://b/k", path)
+        with nullcontext() if error is None else pytest.raises(error), path.open("rb") as file:
+            await store.put_file_if_absent("s3://b/k", file)
 
     return play(service, scenario)
 
@@ -268,12 +268,13 @@ def test_upload_that_is_cancelled_leaves_no_parts_behind(large):
     service.complete_multipart_upload = never_ending
 
     async def scenario(store):
-        task = asyncio.create_task(store.put_file_if_absent("s3://b/k", large))
-        await waiting.wait()
-        assert service.parts
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with large.open("rb") as file:
+            task = asyncio.create_task(store.put_file_if_absent("s3://b/k", file))
+            await waiting.wait()
+            assert service.parts
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
     play(service, scenario)
     assert not service.parts
@@ -402,9 +403,9 @@ def test_file_that_becomes_shorter_while_it_is_sent_is_not_stored(large, monkeyp
     service = Uploads()
     read = multipart._read
 
-    def shrinking(path, start, size):
-        os.truncate(path, 900)
-        return read(path, start, size)
+    def shrinking(file, start, size):
+        os.truncate(large, 900)
+        return read(file, start, size)
 
     monkeypatch.setattr(multipart, "_read", shrinking)
     upload(service, large, OSError)

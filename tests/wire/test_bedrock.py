@@ -6,8 +6,18 @@ import pytest
 
 from worker import wire
 from worker.errors import LoramillError
-from worker.jobs import ChatMessage, Failure, FinishReason, Job, Output, Row, RowResult, SamplingParams, Task
-from worker.wire.draft import Given
+from worker.jobs import (
+    ChatMessage,
+    Failure,
+    FinishReason,
+    Given,
+    Job,
+    Output,
+    Row,
+    RowResult,
+    SamplingParams,
+    Task,
+)
 from worker.wire.lines import read_line
 
 JOB = Job(id="j", rows=(), output=Output("s3://b/x/", "bedrock"), digest="", created_at=5.0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from worker import wire
 from worker.errors import InvalidMessage
 from worker.jobs import Delivery, Failure, Output
-from worker.wire.native import MAX_BODY_BYTES
+from worker.wire.enqueue import MAX_BODY_BYTES
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

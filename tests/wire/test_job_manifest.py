@@ -6,7 +6,6 @@ import pytest
 from worker.errors import LoramillError
 from worker.jobs import Failure, Job, Output, Row, SamplingParams
 from worker.wire.manifest import (
-    InputFile,
     OutputFile,
     RequestCounts,
     Status,
@@ -18,6 +17,7 @@ from worker.wire.manifest import (
     summarize,
 )
 from worker.wire.results import Tally, Usage
+from worker.wire.split import InputFile
 
 JOB = Job(
     id="j",

@@ -7,9 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker import wire
-from worker.jobs import FinishReason, Job, Output, RowResult, Task
+from worker.jobs import FinishReason, Given, Job, Output, RowResult, Task
 from worker.wire import bedrock_rows, native_rows, openai_rows
-from worker.wire.draft import Given
 from worker.wire.lines import FORMATS, read_line
 from worker.wire.output import FORMATS as OUTPUTS
 from worker.wire.parameters import NAMES

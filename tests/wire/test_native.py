@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from worker.errors import ForbiddenOutput, InvalidMessage, JobError
 from worker.jobs import Delivery, Job, Output, Task
-from worker.wire.native import FIELDS, MAX_BODY_BYTES, PLANNED_FIELDS, decode, salvage
+from worker.wire.enqueue import MAX_BODY_BYTES
+from worker.wire.native import FIELDS, decode, salvage
 from worker.wire.parameters import NAMES
+from worker.wire.source import PART_FIELDS
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -60,7 +62,7 @@ def test_the_least_job():
 
 def test_null_counts_as_absent():
     absent = read({"inputs": "x"})
-    assert read({"inputs": "x", **dict.fromkeys((FIELDS | PLANNED_FIELDS) - {"inputs"})}) == absent
+    assert read({"inputs": "x", **dict.fromkeys((FIELDS | PART_FIELDS) - {"inputs"})}) == absent
 
 
 def test_now_stands_in_for_a_missing_sent_timestamp():
@@ -149,9 +151,9 @@ def test_other_tasks_are_refused(task):
     assert refused({"inputs": "x", "task": task}).endswith("it must be generate or score")
 
 
-def test_what_the_schema_has_and_this_version_does_not_is_refused_by_name():
-    assert refused({"input": {"uri": "s3://b/in.jsonl"}}).startswith("input is not supported by this version")
-    assert refused({"inputs": "x", "part": 0, "parts": 2}).startswith("part is not supported by this version")
+def test_a_message_with_its_rows_is_no_part():
+    assert refused({"inputs": "x", "part": 0, "parts": 2}).startswith("field part is for the messages of the")
+    assert refused({"inputs": "x", "digest": "a"}).startswith("field digest is for the messages of the parts")
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_known_one():
@@ -257,7 +259,7 @@ def test_a_forbidden_output_is_never_written_to():
 
 # Anything at all
 
-WORDS = sorted(FIELDS | PLANNED_FIELDS | NAMES | {"uri", "format", "messages", "role", "content", "adapter"})
+WORDS = sorted(FIELDS | PART_FIELDS | NAMES | {"uri", "format", "messages", "role", "content", "adapter"})
 SCALARS = (
     st.none()
     | st.booleans()

@@ -9,6 +9,7 @@ from worker.jobs import (
     ChatMessage,
     Failure,
     FinishReason,
+    Given,
     Job,
     Output,
     Row,
@@ -17,7 +18,6 @@ from worker.jobs import (
     Task,
     TokenDetail,
 )
-from worker.wire.draft import Given
 from worker.wire.lines import read_line
 
 BASE = Given(base_models=frozenset({"gpt-3.5-turbo-0125", "base"}))

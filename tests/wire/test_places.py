@@ -1,17 +1,21 @@
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import ForbiddenOutput, InvalidMessage, JobError
-from worker.jobs import Job, Output
+from worker.jobs import Job, Output, Part
 from worker.wire.places import (
     MAX_PREFIX_BYTES,
     cancel_uri,
     dead_letter_uri,
     manifest_uri,
+    part_number,
+    parts_uri,
     read_output,
     result_uri,
     summary_uri,
+    tally_uri,
 )
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -109,7 +113,12 @@ def test_a_prefix_without_a_slash_allows_nothing():
 def test_where_things_lie():
     job = Job(id="j-1", rows=(), output=Output(uri="s3://b/x/"), digest="", created_at=0)
     assert result_uri(job) == "s3://b/x/j-1/results-00000-of-00001.jsonl"
-    assert result_uri(job, 2, 3) == "s3://b/x/j-1/results-00002-of-00003.jsonl"
+    part = msgspec.structs.replace(job, part=Part(number=2, count=3, first_row=20, rows=10))
+    assert result_uri(part) == "s3://b/x/j-1/results-00002-of-00003.jsonl"
+    assert parts_uri(job.output, "j-1") == "s3://b/x/j-1/parts.json"
+    assert tally_uri(part) == "s3://b/x/j-1/tally-00002-of-00003.json"
+    assert part_number(tally_uri(part)) == (2, 3)
+    assert part_number(result_uri(part)) is None
     bedrock = Job(id="j-1", rows=(), output=Output("s3://b/x/", "bedrock"), digest="", created_at=0)
     assert result_uri(bedrock) == "s3://b/x/j-1/results-00000-of-00001.jsonl.out"
     assert summary_uri(bedrock) == "s3://b/x/j-1/manifest.json.out"
@@ -117,7 +126,7 @@ def test_where_things_lie():
     assert cancel_uri(job.output, "j-1") == "s3://b/x/j-1/cancel"
     assert dead_letter_uri("s3://b/d/", "m-1") == "s3://b/d/m-1.json"
     with pytest.raises(AssertionError):
-        result_uri(job, 3, 3)
+        result_uri(msgspec.structs.replace(job, part=Part(number=3, count=3, rows=1)))
 
 
 @fuzzed

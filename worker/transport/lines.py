@@ -1,11 +1,10 @@
 """The lines of a large object, plain or gzip, a part of it at a time and never whole in memory.
 
-A line belongs to the span in which it begins, wherever that span ends. So spans may be cut anywhere, without
-a look at the object, and together they have every line once.
+A line belongs to the span in which it begins, wherever that span ends. So spans may be cut anywhere, and
+together they have every line once.
 """
 
 import asyncio
-import itertools
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
@@ -16,6 +15,8 @@ from worker.transport.objects import StoredObject
 from worker.transport.store import Store
 
 MAX_LINE_BYTES = 16 << 20
+END = 1 << 62
+"""Where a span may stop that goes to the end of a text, however long that is."""
 _GZIP = 16 + zlib.MAX_WBITS
 _PIECE_BYTES = 1 << 20
 """What a piece of compressed bytes is unpacked to at a time: some unpack to a thousand times their size."""
@@ -51,7 +52,7 @@ async def read_lines(
     if gzip:
         chunks = _from(first, _unpacked(store.stream(stored), stored.uri))
     else:
-        chunks = store.stream(stored, first)
+        chunks = _as_far_as_needed(store, stored, first, span.stop)
     async with aclosing(chunks), aclosing(_cut(chunks, first)) as lines:
         async for line in lines:
             if line.offset >= span.stop:
@@ -60,17 +61,18 @@ async def read_lines(
                 yield line
 
 
-async def unpacked_size(store: Store, stored: StoredObject) -> int:
-    """Bytes of what a gzip file holds. Reads all of it. Raises as `read_lines`."""
-    async with aclosing(_unpacked(store.stream(stored), stored.uri)) as chunks:
-        return sum([len(chunk) async for chunk in chunks])
-
-
-def split(size: int, span_bytes: int) -> list[Span]:
-    """Cut `size` bytes into spans of about `span_bytes`, all of them alike; one for an empty text."""
-    count = max(1, -(-size // span_bytes))
-    edges = [size * number // count for number in range(count + 1)]
-    return [Span(start, stop) for start, stop in itertools.pairwise(edges)]
+async def _as_far_as_needed(
+    store: Store, stored: StoredObject, start: int, stop: int
+) -> AsyncGenerator[bytes, None]:
+    """Bytes `start` to `stop`, and what follows only where a line goes on beyond."""
+    stop, last = min(stop, stored.size), b""
+    async with aclosing(store.stream(stored, start, stop)) as chunks:
+        async for last in chunks:
+            yield last
+    if stop < stored.size and not last.endswith(b"\n"):
+        async with aclosing(store.stream(stored, stop)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 async def _cut(chunks: AsyncIterable[bytes], offset: int) -> AsyncGenerator[Line, None]:
@@ -86,9 +88,8 @@ async def _cut(chunks: AsyncIterable[bytes], offset: int) -> AsyncGenerator[Line
         size += len(rest)
         if whole and rest and size <= MAX_LINE_BYTES:
             pending.append(rest)
-        await asyncio.sleep(
-            0
-        )  # a chunk may hold a million lines, or none, and others have heartbeats to send
+        # A chunk may hold a million lines, or none, and others have heartbeats to send.
+        await asyncio.sleep(0)
     if whole and size:
         yield _line(offset, pending, b"", size)
 

@@ -4,15 +4,16 @@ import asyncio
 import hashlib
 import heapq
 import itertools
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
 from worker.jobs import Delivery
 from worker.transport.objects import StoredObject, parse_uri
-from worker.transport.queue import MAX_BATCH, MAX_VISIBILITY_SECONDS, Outcome, Queue, QueueInfo
+from worker.transport.queue import MAX_BATCH, MAX_VISIBILITY_SECONDS, Outcome, Outgoing, Queue, QueueInfo
 from worker.transport.store import Store
 
 
@@ -54,7 +55,10 @@ class ManualClock:
 
 
 class _Message:
-    def __init__(self, body: str, attributes: Mapping[str, str], sent_at: float) -> None:
+    def __init__(
+        self, body: str, attributes: Mapping[str, str], sent_at: float, group_id: str | None = None
+    ) -> None:
+        self.group_id = group_id
         self.id = str(uuid.uuid4())
         self.body = body
         self.attributes = dict(attributes)
@@ -66,7 +70,7 @@ class _Message:
 
 
 class MemoryQueue(Queue):
-    """A standard SQS queue in memory (no FIFO order; a `group_id` is taken and ignored).
+    """A standard SQS queue in memory (no FIFO order; a `group_id` is kept and changes nothing).
 
     `clock` and `sleep` belong together: pass `ManualClock`'s to force a race. After `max_receive_count`
     receives a message moves to `dead_letters`.
@@ -125,9 +129,13 @@ class MemoryQueue(Queue):
     async def send(
         self, body: str, attributes: Mapping[str, str] | None = None, group_id: str | None = None
     ) -> str:
-        message = _Message(body, attributes or {}, self._clock())
+        message = _Message(body, attributes or {}, self._clock(), group_id)
         self.adopt(message)
         return message.id
+
+    async def send_all(self, messages: Sequence[Outgoing]) -> None:
+        for message in messages:
+            await self.send(message.body, message.attributes, message.group_id)
 
     async def describe(self) -> QueueInfo:
         in_flight = sum(message.visible_at > self._clock() for message in self._messages.values())
@@ -152,6 +160,7 @@ class MemoryQueue(Queue):
             receive_count=message.receive_count,
             sent_at=message.sent_at,
             attributes=dict(message.attributes),
+            group_id=message.group_id,
         )
 
     def _hide(self, receipt: str, seconds: int) -> bool:
@@ -214,11 +223,11 @@ class MemoryStore(Store):
     async def put_file_if_absent(
         self,
         uri: str,
-        path: Path,
+        file: BinaryIO,
         content_type: str = "application/octet-stream",
         metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
-        body = await asyncio.to_thread(path.read_bytes)
+        body = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         return await self.put_if_absent(uri, body, content_type, metadata)
 
     async def put(

@@ -7,9 +7,9 @@ import asyncio
 import base64
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,13 @@ async def upload_if_absent(
     client: Any,
     bucket: str,
     key: str,
-    path: Path,
+    file: BinaryIO,
     *,
     size: int,
     content_type: str,
     metadata: Mapping[str, str],
 ) -> str:
-    """Store the file at `path`, of `size` bytes, and return the ETag. Raises what the SDK raises.
+    """Store `file`, which lies on disk and has `size` bytes, and return the ETag. Raises what the SDK raises.
 
     Of the conditions' errors, PreconditionFailed says that there is an object, and
     ConditionalRequestConflict that another upload was about to end: all parts are to be sent again. In
@@ -43,7 +43,7 @@ async def upload_if_absent(
     )
     upload = where | {"UploadId": begun["UploadId"]}
     try:
-        parts = await _send_parts(client, upload, path, size)
+        parts = await _send_parts(client, upload, file, size)
         ended = await client.complete_multipart_upload(
             **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
         )
@@ -53,13 +53,15 @@ async def upload_if_absent(
     return str(ended["ETag"])
 
 
-async def _send_parts(client: Any, upload: Mapping[str, str], path: Path, size: int) -> list[dict[str, Any]]:
+async def _send_parts(
+    client: Any, upload: Mapping[str, str], file: BinaryIO, size: int
+) -> list[dict[str, Any]]:
     part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def send(number: int, start: int) -> dict[str, Any]:
         async with gate:
-            body, digest = await asyncio.to_thread(_read, path, start, min(part_bytes, size - start))
+            body, digest = await asyncio.to_thread(_read, file, start, min(part_bytes, size - start))
             checksum = base64.b64encode(digest).decode()
             sent = await client.upload_part(**upload, PartNumber=number, Body=body, ChecksumSHA256=checksum)
         return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
@@ -75,13 +77,11 @@ async def _send_parts(client: Any, upload: Mapping[str, str], path: Path, size: 
     return [task.result() for task in tasks]
 
 
-def _read(path: Path, start: int, size: int) -> tuple[bytes, bytes]:
-    """A part and its SHA-256."""
-    with path.open("rb") as file:
-        file.seek(start)
-        body = file.read(size)
+def _read(file: BinaryIO, start: int, size: int) -> tuple[bytes, bytes]:
+    """A part and its SHA-256. Several threads read at once, so nobody may seek."""
+    body = os.pread(file.fileno(), size, start)
     if len(body) != size:
-        raise OSError(f"{path} became shorter while it was sent")
+        raise OSError(f"{file.name} became shorter while it was sent")
     return body, hashlib.sha256(body).digest()
 
 

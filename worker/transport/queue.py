@@ -8,7 +8,7 @@ import asyncio
 import json
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -24,7 +24,11 @@ MAX_BATCH = 10
 MAX_VISIBILITY_SECONDS = 43_200
 """12 h after its receive a message becomes visible again, whatever is asked."""
 
+MAX_BATCH_BYTES = 1_048_576
+"""Of all messages of one send."""
+
 _DELETE_ATTEMPTS = 3
+_SEND_ATTEMPTS = 3
 
 _NAMES = [
     "VisibilityTimeout",
@@ -68,6 +72,22 @@ class Outcome(msgspec.Struct, frozen=True):
     """Receipt -> error code, for what another try may mend."""
 
 
+class Outgoing(msgspec.Struct, frozen=True):
+    """A message to be sent."""
+
+    body: str
+    attributes: dict[str, str] = {}
+    """Of type String."""
+    group_id: str | None = None
+    """The tenant on a standard queue (fair queues); required on a FIFO queue."""
+
+    @property
+    def num_bytes(self) -> int:
+        """As SQS counts them, the type names of the attributes included."""
+        named = sum(len(f"{name}String{text}".encode()) for name, text in self.attributes.items())
+        return len(self.body.encode()) + named
+
+
 class Queue(Protocol):
     """An SQS queue. Every method raises QueueRefused when no retry can help.
 
@@ -107,6 +127,9 @@ class Queue(Protocol):
 
         `group_id` is the tenant on a standard queue (fair queues) and required on a FIFO queue.
         """
+
+    async def send_all(self, messages: Sequence[Outgoing]) -> None:
+        """Send many. Raises QueueUnavailable when some were still not sent after a few tries; others are."""
 
     async def describe(self) -> QueueInfo:
         """Read the queue's settings and approximate counts. Raises QueueUnavailable."""
@@ -150,7 +173,7 @@ class SqsQueue(Queue):
                 MaxNumberOfMessages=limit,
                 WaitTimeSeconds=min(math.ceil(wait_seconds), MAX_POLL_SECONDS),
                 MessageAttributeNames=["All"],
-                MessageSystemAttributeNames=["SentTimestamp", "ApproximateReceiveCount"],
+                MessageSystemAttributeNames=["SentTimestamp", "ApproximateReceiveCount", "MessageGroupId"],
                 **self._receive_options,
             )
         return [_delivery(message) for message in answer.get("Messages", [])]
@@ -181,18 +204,48 @@ class SqsQueue(Queue):
     async def send(
         self, body: str, attributes: Mapping[str, str] | None = None, group_id: str | None = None
     ) -> str:
-        options: dict[str, Any] = {} if group_id is None else {"MessageGroupId": group_id}
+        message = Outgoing(body, dict(attributes or {}), group_id)
+        with _errors():
+            answer = await self._clients.acks.send_message(QueueUrl=self._url, **self._fields(message))
+        return str(answer["MessageId"])
+
+    async def send_all(self, messages: Sequence[Outgoing]) -> None:
+        rest: Sequence[Outgoing] = messages
+        for attempt in range(_SEND_ATTEMPTS):
+            if attempt:
+                await self._sleep(jittered(2**attempt))
+            failed, codes = list[Outgoing](), set[str]()
+            for batch in _batches(rest):
+                refused = await self._send_batch(batch)
+                failed += [batch[at] for at in refused]
+                codes |= set(refused.values())
+            rest = failed
+            if not rest:
+                return
+        raise QueueUnavailable(f"{self._url}: {len(rest)} messages could not be sent: {', '.join(codes)}")
+
+    async def _send_batch(self, batch: Sequence[Outgoing]) -> dict[int, str]:
+        """The places of those that were not sent, and why."""
+        entries = [{"Id": str(at), **self._fields(message)} for at, message in enumerate(batch)]
+        try:
+            with _errors():
+                answer = await self._clients.acks.send_message_batch(QueueUrl=self._url, Entries=entries)
+        except QueueUnavailable as exc:
+            return dict.fromkeys(range(len(batch)), str(exc))
+        return {int(entry["Id"]): plain_code(entry["Code"]) for entry in answer.get("Failed", [])}
+
+    def _fields(self, message: Outgoing) -> dict[str, Any]:
+        fields: dict[str, Any] = {"MessageBody": message.body}
+        if message.attributes:
+            fields["MessageAttributes"] = {
+                name: {"DataType": "String", "StringValue": text} for name, text in message.attributes.items()
+            }
+        if message.group_id is not None:
+            fields["MessageGroupId"] = message.group_id
         if self._url.endswith(".fifo"):
             # Two equal jobs are two jobs; the id serves the SDK's own retries of this one call.
-            options["MessageDeduplicationId"] = uuid.uuid4().hex
-        texts = {
-            name: {"DataType": "String", "StringValue": text} for name, text in (attributes or {}).items()
-        }
-        with _errors():
-            answer = await self._clients.acks.send_message(
-                QueueUrl=self._url, MessageBody=body, MessageAttributes=texts, **options
-            )
-        return str(answer["MessageId"])
+            fields["MessageDeduplicationId"] = uuid.uuid4().hex
+        return fields
 
     async def describe(self) -> QueueInfo:
         with _errors():
@@ -235,6 +288,19 @@ class SqsQueue(Queue):
         return Outcome(lost, {receipt: code for receipt, code in codes.items() if receipt not in lost})
 
 
+def _batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
+    """As few as may be, each of a size that one call may have."""
+    batch, size = list[Outgoing](), 0
+    for message in messages:
+        if batch and (len(batch) == MAX_BATCH or size + message.num_bytes > MAX_BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(message)
+        size += message.num_bytes
+    if batch:
+        yield batch
+
+
 def _raised(answer: Outcome | BaseException) -> Outcome:
     if isinstance(answer, BaseException):
         raise answer
@@ -257,4 +323,5 @@ def _delivery(message: Mapping[str, Any]) -> Delivery:
         attributes={
             name: value["StringValue"] for name, value in attributes.items() if "StringValue" in value
         },
+        group_id=system.get("MessageGroupId"),
     )

@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import hashlib
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from worker.errors import ObjectExists, ObjectNotFound, ObjectTooLarge, StoreRefused, StoreUnavailable
 from worker.transport import multipart
@@ -46,11 +47,14 @@ class Store(Protocol):
     async def put_file_if_absent(
         self,
         uri: str,
-        path: Path,
+        file: BinaryIO,
         content_type: str = "application/octet-stream",
         metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
-        """As `put_if_absent`, for a file of any size, which must not change meanwhile. Raises OSError too."""
+        """As `put_if_absent`, of all of a file on disk, of any size. Raises OSError too.
+
+        Nobody may change the file meanwhile; where it is being read does not matter and stays.
+        """
 
     async def put(
         self, uri: str, body: bytes, content_type: str = "application/octet-stream"
@@ -111,13 +115,13 @@ class S3Store(Store):
     async def put_file_if_absent(
         self,
         uri: str,
-        path: Path,
+        file: BinaryIO,
         content_type: str = "application/octet-stream",
         metadata: Mapping[str, str] | None = None,
     ) -> StoredObject:
-        size = (await asyncio.to_thread(path.stat)).st_size
+        size = os.fstat(file.fileno()).st_size
         if size < multipart.LEAST_BYTES:
-            body = await asyncio.to_thread(path.read_bytes)
+            body = await asyncio.to_thread(os.pread, file.fileno(), size, 0)
             return await self.put_if_absent(uri, body, content_type, metadata)
 
         async def upload() -> StoredObject:
@@ -131,7 +135,7 @@ class S3Store(Store):
                     self._clients.objects,
                     bucket,
                     key,
-                    path,
+                    file,
                     size=size,
                     content_type=content_type,
                     metadata=metadata or {},

@@ -1,30 +1,13 @@
 """A row while it is read, whatever format it has."""
 
-from collections.abc import Collection
 from typing import Any
-
-import msgspec
 
 from adapters_sync.layout import is_adapter_name
 from worker.errors import AdapterNotFound, InvalidLine, RowError
-from worker.jobs import Origin, Row, Task
+from worker.jobs import Given, Origin, Row
 from worker.wire.checks import failure_of, show
 
 _MAX_NAME_SHOWN = 128
-
-
-class Given(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job says about a row outside the row."""
-
-    adapter: object = None
-    """For a row that names none itself; text, or the row is refused."""
-    override: str | None = None
-    """Wins over the row's own adapter; "" is the base model."""
-    parameters: object = None
-    """Those that the row has no own value for; an object, or the row is refused."""
-    task: Task = Task.GENERATE
-    base_models: Collection[str] | None = None
-    """Names of the base model; None where they are not known: then whatever can be no adapter's is one."""
 
 
 class Draft:

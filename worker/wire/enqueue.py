@@ -6,13 +6,16 @@ from typing import Any
 
 from worker.errors import InvalidMessage
 from worker.jobs import Output
-from worker.wire.native import MAX_BODY_BYTES
+
+MAX_BODY_BYTES = 1_048_576
+"""That SQS takes, message attributes included."""
 
 
 def encode_job(
-    inputs: str | Sequence[str | Mapping[str, Any]],
+    inputs: str | Sequence[str | Mapping[str, Any]] | None = None,
     *,
     id: str | None = None,  # noqa: A002 - the field's name
+    input: Mapping[str, Any] | None = None,  # noqa: A002 - likewise
     adapters: str | Sequence[str | None] | None = None,
     parameters: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     task: str | None = None,
@@ -26,20 +29,24 @@ def encode_job(
     Raises InvalidMessage when it cannot be sent: above SQS's limit, or not writable as UTF-8 JSON. What the
     fields mean is checked by `decode` alone.
     """
-    fields = {
-        "version": 1,
-        "id": id,
-        "inputs": inputs,
-        "adapters": adapters,
-        "parameters": parameters,
-        "task": task,
-        "ids": ids,
-        "output": None if output is None else {"uri": output.uri, "format": output.format},
-        "ttl_seconds": ttl_seconds,
-        "metadata": metadata,
-    }
+    return encode_fields(
+        id=id,
+        inputs=inputs,
+        input=input,
+        adapters=adapters,
+        parameters=parameters,
+        task=task,
+        ids=ids,
+        output=None if output is None else {"uri": output.uri, "format": output.format},
+        ttl_seconds=ttl_seconds,
+        metadata=metadata,
+    )
+
+
+def encode_fields(**fields: Any) -> str:
+    """A body with these fields; those that are None are left out. Raises as `encode_job`."""
+    said = {"version": 1} | {name: value for name, value in fields.items() if value is not None}
     try:
-        said = {name: value for name, value in fields.items() if value is not None}
         body = json.dumps(said, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMessage(f"the job cannot be written as JSON: {error}") from error

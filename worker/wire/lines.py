@@ -3,9 +3,9 @@
 import msgspec
 
 from worker.errors import InvalidLine, RowError
-from worker.jobs import Row
+from worker.jobs import Given, Row
 from worker.wire.bedrock_rows import read_bedrock
-from worker.wire.draft import Draft, Given
+from worker.wire.draft import Draft
 from worker.wire.native_rows import read_native
 from worker.wire.openai_rows import read_openai
 

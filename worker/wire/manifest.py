@@ -9,6 +9,7 @@ import msgspec
 from worker.errors import LoramillError
 from worker.jobs import Failure, Job
 from worker.wire.results import Tally, Usage, total
+from worker.wire.split import InputFile
 
 
 class Status(enum.StrEnum):
@@ -25,13 +26,6 @@ class RequestCounts(msgspec.Struct, frozen=True):
     failed: int = 0
 
 
-class InputFile(msgspec.Struct, frozen=True):
-    """The object that a job by reference was read from."""
-
-    uri: str
-    etag: str
-
-
 class OutputFile(msgspec.Struct, frozen=True):
     """One committed result file. `sha256` in hex; `etag` as S3 gave it."""
 
@@ -39,6 +33,15 @@ class OutputFile(msgspec.Struct, frozen=True):
     etag: str
     sha256: str
     rows: int
+
+
+class CommittedPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a job whose results are committed; as JSON, what lies beside them."""
+
+    digest: str
+    """`Job.digest`."""
+    output: OutputFile
+    tally: Tally
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +138,7 @@ def failed(
     job: Job | None = None,
 ) -> Manifest:
     """The manifest of a job that produced nothing, with `job` where its message could be decoded."""
-    rows = 0 if job is None else len(job.rows)
+    rows = 0 if job is None else job.num_rows
     return Manifest(
         job_id=job_id,
         status=Status.FAILED,
@@ -153,8 +156,25 @@ def failed(
 
 
 def parameters_digest(job: Job) -> str:
-    """sha256, in hex, of the parameters that each row was to be run with, defaults included."""
-    return hashlib.sha256(msgspec.json.encode([row.params for row in job.rows])).hexdigest()
+    """sha256, in hex, of the parameters that each row was to be run with, defaults included.
+
+    Of rows in a source, whose own parameters nobody keeps, those that the job says.
+    """
+    own = [(row.params, row.fills) for row in job.rows]
+    return hashlib.sha256(msgspec.json.encode(job.given.parameters if job.source else own)).hexdigest()
+
+
+def encode_part_tally(part: CommittedPart) -> bytes:
+    """As JSON."""
+    return msgspec.json.encode(part) + b"\n"
+
+
+def decode_part_tally(data: bytes) -> CommittedPart:
+    """Read it back; fields of later versions are passed over. Raises LoramillError when it is none."""
+    try:
+        return msgspec.json.decode(data, type=CommittedPart)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise LoramillError(f"not the tally of a part: {error}") from error
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

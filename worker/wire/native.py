@@ -9,22 +9,24 @@ from typing import Any
 import msgspec
 
 from worker.errors import InvalidMessage, JobError
-from worker.jobs import Delivery, Job, Output, Task
+from worker.jobs import Delivery, Given, Job, Output, Task
 from worker.wire import rows
-from worker.wire.checks import show, unknown
+from worker.wire.checks import kind, show, unknown
+from worker.wire.enqueue import MAX_BODY_BYTES
 from worker.wire.places import read_output
 from worker.wire.rows import read_rows
+from worker.wire.source import PART_FIELDS, read_part, read_source
 
-MAX_BODY_BYTES = 1_048_576
 MAX_TTL_SECONDS = 1_000_000_000
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 ADAPTER_ATTRIBUTES = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 """Message attributes that name the adapter of every row, in lower case; the later one wins."""
 
-FIELDS = rows.FIELDS | {"version", "id", "task", "output", "ttl_seconds", "metadata"}
-PLANNED_FIELDS = {"input", "part", "parts"}
+FIELDS = rows.FIELDS | {"version", "id", "input", "task", "output", "ttl_seconds", "metadata"}
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LATEST = 1 << 40
 
 
 def decode(
@@ -33,9 +35,12 @@ def decode(
     output_prefixes: Sequence[str],
     max_rows: int,
     now: float,
+    input_prefixes: Sequence[str] = (),
     base_models: Collection[str] | None = None,
 ) -> Job:
-    """Read a job, or raise InvalidMessage or ForbiddenOutput. A row's own mistake is that row's `failure`.
+    """Read a job, or raise InvalidMessage, ForbiddenInput or ForbiddenOutput.
+
+    A row's own mistake is that row's `failure`. The rows of an `input` are not looked at.
 
     `now` (seconds since the epoch) stands in for a missing SentTimestamp. `base_models` are the names of the
     base model, None where nobody knows them. In every optional field null counts as absent.
@@ -49,15 +54,21 @@ def decode(
         task = _read_task(body.get("task"), output)
         created_at = delivery.sent_at or now
         ttl = _read_ttl(body.get("ttl_seconds"))
-        return Job(
+        job = Job(
             id=job_id,
-            rows=read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models),
             output=output,
             digest=_digest(body, output, adapter),
             created_at=created_at,
             expires_at=None if ttl is None else created_at + ttl,
             metadata=_read_metadata(body.get("metadata")),
         )
+        if body.get("input") is not None:
+            given = _read_given(body, adapter, task, base_models)
+            source = read_source(body["input"], input_prefixes)
+            return _as_part(msgspec.structs.replace(job, source=source, given=given), body)
+        _refuse_part(body)
+        read = read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models)
+        return msgspec.structs.replace(job, rows=read)
     except RecursionError as error:
         raise InvalidMessage("the body is nested too deeply") from error
 
@@ -116,14 +127,15 @@ def _parse(delivery: Delivery) -> dict[str, Any]:
 
 
 def _check_names(body: Mapping[str, Any]) -> None:
-    planned = sorted(name for name in PLANNED_FIELDS if body.get(name) is not None)
-    if planned:
-        raise InvalidMessage(
-            f"{planned[0]} is not supported by this version, which takes jobs whose rows are in `inputs`"
-        )
-    stranger = unknown(body, FIELDS | PLANNED_FIELDS)
+    stranger = unknown(body, FIELDS | PART_FIELDS)
     if stranger is not None:
         raise InvalidMessage(f"field {stranger}")
+    given = {name for name in body if body[name] is not None}
+    twice = sorted(given & {"inputs", "ids"}) if "input" in given else ()
+    if twice:
+        raise InvalidMessage(
+            f"the message has input and {twice[0]}; the rows of an input are all in its object"
+        )
     version = body.get("version")
     if version is not None and (isinstance(version, bool) or version != 1):
         raise InvalidMessage(f"version is {show(version)}; it must be 1")
@@ -151,6 +163,58 @@ def _read_task(value: object, output: Output) -> Task:
             "it must be native"
         )
     return Task(value)
+
+
+def _read_given(
+    body: Mapping[str, Any], adapter: str | None, task: Task, base_models: Collection[str] | None
+) -> Given:
+    """What a message says for all rows of its input."""
+    adapters, parameters = body.get("adapters"), body.get("parameters")
+    if adapters is not None and not isinstance(adapters, str):
+        raise InvalidMessage(f"adapters is {kind(adapters)}; for an input it must be one text")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidMessage(f"parameters is {kind(parameters)}; for an input it must be one object")
+    return Given(
+        adapter=adapters, override=adapter, parameters=parameters, task=task, base_models=base_models
+    )
+
+
+def _as_part(job: Job, body: Mapping[str, Any]) -> Job:
+    """The job as a part's message tells of it: when all of it was sent, and what all of it is."""
+    part = read_part(body)
+    if part is None:
+        _refuse_part(body)
+        return job
+    digest, sent_at = body.get("digest"), body.get("created_at")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise InvalidMessage(
+            f"digest is {show(digest)}; in the message of a part it must be a SHA-256 in hex"
+        )
+    if isinstance(sent_at, bool) or not isinstance(sent_at, int | float) or not 0 <= sent_at < _LATEST:
+        raise InvalidMessage(
+            f"created_at is {show(sent_at)}; in the message of a part it must be a Unix time"
+        )
+    ttl = None if job.expires_at is None else job.expires_at - job.created_at
+    return msgspec.structs.replace(
+        job,
+        part=part,
+        digest=digest,
+        created_at=float(sent_at),
+        expires_at=None if ttl is None else sent_at + ttl,
+    )
+
+
+def _refuse_part(body: Mapping[str, Any]) -> None:
+    name = next((name for name in sorted(PART_FIELDS) if body.get(name) is not None), None)
+    if name is not None:
+        raise InvalidMessage(f"field {name} is for the messages of the parts of an input, and this is none")
+
+
+def located(job: Job, etag: str) -> Job:
+    """A job by reference, now that the version of its input is known: another version is another job."""
+    assert job.source is not None
+    digest = hashlib.sha256(f"{job.digest} {etag}".encode()).hexdigest()
+    return msgspec.structs.replace(job, digest=digest, source=msgspec.structs.replace(job.source, etag=etag))
 
 
 def _read_ttl(value: object) -> float | None:
@@ -185,5 +249,8 @@ def _digest(body: Mapping[str, Any], output: Output, adapter: str | None) -> str
     asked["task"] = body.get("task") or "generate"
     asked["output"] = [output.uri, output.format]
     asked["adapter"] = adapter
+    if isinstance(body.get("input"), dict):
+        # Not the version: who named none meant the one that is there, which `located` adds.
+        asked["input"] = {name: value for name, value in body["input"].items() if name != "etag"}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

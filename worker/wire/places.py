@@ -1,5 +1,6 @@
 """Where a job's results lie: the check of `output`, and the keys below it."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from worker.errors import ForbiddenOutput, InvalidMessage
@@ -9,6 +10,7 @@ from worker.wire.checks import show, unknown
 FORMATS = ("native", "openai", "bedrock")
 # An S3 key has 1024 bytes, of which the job id takes up to 128 and the file's name about 40.
 MAX_PREFIX_BYTES = 850
+_TALLY = re.compile(r"/tally-(\d{5})-of-(\d{5})\.json\Z")
 
 
 def read_output(value: object, output_prefixes: Sequence[str]) -> Output:
@@ -31,11 +33,31 @@ def job_prefix(output: Output, job_id: str) -> str:
     return f"{output.uri}{job_id}/"
 
 
-def result_uri(job: Job, part: int = 0, parts: int = 1) -> str:
-    """Where part `part` (from 0) of `parts` goes."""
-    assert 0 <= part < parts, (part, parts)
+def result_uri(job: Job) -> str:
+    """Where the results go of the part that `job` is about."""
     suffix = ".out" if job.output.format == "bedrock" else ""
-    return f"{job_prefix(job.output, job.id)}results-{part:05d}-of-{parts:05d}.jsonl{suffix}"
+    return f"{job_prefix(job.output, job.id)}results-{_numbered(*job.place)}.jsonl{suffix}"
+
+
+def parts_uri(output: Output, job_id: str) -> str:
+    """Where it stands how a large job was split."""
+    return job_prefix(output, job_id) + "parts.json"
+
+
+def tally_uri(job: Job) -> str:
+    """Where the tally goes of the part that `job` is about: it says that the part is committed."""
+    return f"{tallies_uri(job.output, job.id)}{_numbered(*job.place)}.json"
+
+
+def tallies_uri(output: Output, job_id: str) -> str:
+    """What the tallies of all parts begin with."""
+    return job_prefix(output, job_id) + "tally-"
+
+
+def part_number(uri: str) -> tuple[int, int] | None:
+    """The number of the part, from 0, and of how many, that a tally's URI speaks of; None for another's."""
+    found = _TALLY.search(uri)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def manifest_uri(output: Output, job_id: str) -> str:
@@ -56,6 +78,11 @@ def cancel_uri(output: Output, job_id: str) -> str:
 def dead_letter_uri(prefix: str, message_id: str) -> str:
     """Where a message goes that no job and no output could be made of."""
     return f"{prefix}{message_id}.json"
+
+
+def _numbered(part: int, parts: int) -> str:
+    assert 0 <= part < parts, (part, parts)
+    return f"{part:05d}-of-{parts:05d}"
 
 
 def _only(output_prefixes: Sequence[str]) -> Output:

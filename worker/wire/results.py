@@ -137,19 +137,38 @@ def encode(line: msgspec.Struct) -> bytes:
         return _ENCODER.encode(_writable(msgspec.to_builtins(line)))
 
 
-def add_up(lines: Sequence[Counted], jsonl: bytes) -> Tally:
-    """The tally of a file with these lines and these bytes."""
-    errors = Counter(line.error.code for line in lines if line.error is not None)
-    return Tally(
-        rows=len(lines),
-        completed=len(lines) - errors.total(),
-        errors=dict(errors),
-        usage=_sum(line.usage for line in lines),
-        adapters=_versions(
-            (line.adapter, line.adapter_version) for line in lines if line.adapter_version is not None
-        ),
-        sha256=hashlib.sha256(jsonl).hexdigest(),
-    )
+class Adder:
+    """Adds up the lines of one file, as they come."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._errors: Counter[str] = Counter()
+        self._prompt_tokens = self._completion_tokens = 0
+        self._adapters: set[tuple[str, str]] = set()
+        self._sha256 = hashlib.sha256()
+
+    def add(self, line: Counted, encoded: bytes) -> None:
+        """One more line, and its bytes with the newline."""
+        self._rows += 1
+        if line.error is not None:
+            self._errors[line.error.code] += 1
+        self._prompt_tokens += line.usage.prompt_tokens
+        self._completion_tokens += line.usage.completion_tokens
+        if line.adapter_version is not None:
+            self._adapters.add((line.adapter, line.adapter_version))
+        self._sha256.update(encoded)
+
+    @property
+    def tally(self) -> Tally:
+        """Of the lines so far."""
+        return Tally(
+            rows=self._rows,
+            completed=self._rows - self._errors.total(),
+            errors=dict(self._errors),
+            usage=Usage(self._prompt_tokens, self._completion_tokens),
+            adapters=_versions(self._adapters),
+            sha256=self._sha256.hexdigest(),
+        )
 
 
 def total(tallies: Sequence[Tally]) -> Tally:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from worker.errors import InvalidMessage
-from worker.jobs import Row, Task
+from worker.jobs import Given, Row, Task
 from worker.wire.checks import kind, show
-from worker.wire.draft import Draft, Given
+from worker.wire.draft import Draft
 from worker.wire.lines import read_item
 
 FIELDS = frozenset({"inputs", "adapters", "parameters", "ids"})
