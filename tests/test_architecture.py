@@ -36,15 +36,17 @@ FLOORS = [
     },
     {
         "worker.adapter_info", "worker.adapter_room", "worker.adapters", "worker.bridge",
-        "worker.client", "worker.commit", "worker.cutting", "worker.doctor", "worker.flow",
+        "worker.client", "worker.commit", "worker.cutting", "worker.doctor", "worker.files", "worker.flow",
         "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
-        "worker.intake", "worker.model_source", "worker.redrive", "worker.registry", "worker.residents",
-        "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats", "worker.turns",
+        "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
+        "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",
+        "worker.turns",
         "adapters_sync.listener", "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push",
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
-        "worker.app", "worker.cli", "worker.demo", "worker.options", "worker.shelf", "worker.sources",
+        "worker.app", "worker.cli", "worker.demo", "worker.options", "worker.shelf", "worker.show_progress",
+        "worker.sources",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",
     },
 ]  # fmt: skip

@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from worker import client
 from worker.cli import _open_many_files, app
+from worker.transport.memory import MemoryStore
 
 QUEUE = "http://127.0.0.1:1/queue"
 OUT = "s3://bucket/out/"
@@ -35,10 +38,18 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """What was put on which queue."""
     found: list[tuple[str, dict[str, Any]]] = []
 
-    async def send(queue_url: str, body: str) -> None:
-        found.append((queue_url, json.loads(body)))
+    class Recorder:
+        def __init__(self, queue_url: str) -> None:
+            self.url = queue_url
 
-    monkeypatch.setattr(client, "send_job", send)
+        async def send(self, body: str) -> None:
+            found.append((self.url, json.loads(body)))
+
+    @asynccontextmanager
+    async def services(queue_url: str) -> AsyncIterator[Any]:
+        yield MemoryStore(), Recorder(queue_url)
+
+    monkeypatch.setattr(client, "_services", services)
     return found
 
 
@@ -59,7 +70,8 @@ def test_no_command_shows_the_help(cli):
 
 
 @pytest.mark.parametrize(
-    "command", ["worker", "sync", "push", "enqueue", "results", "cancel", "redrive", "doctor", "demo"]
+    "command",
+    ["worker", "sync", "push", "enqueue", "results", "status", "cancel", "redrive", "doctor", "demo"],
 )
 def test_every_command_explains_itself(cli, command):
     result = cli(command, "--help", COLUMNS="200")
@@ -204,6 +216,13 @@ def test_enqueue_takes_rows_from_json_lines(cli, sent, tmp_path, source):
         (["x", "--output", "there"], "output.uri is 'there"),
         (["\udcff"], "the job cannot be written as JSON"),
         (["x" * 1_100_000], "the message would have"),
+        (
+            ["--file", "s3://b/k", "-a", "x", "-a", "y"],
+            "--adapter: for a file that is too large for a message",
+        ),
+        (["--file", "s3://b/k"], "--file s3://b/k does not exist"),
+        (["--file", "s3://b/k/"], "--file s3://b/k/: nothing below it ends in .jsonl or .jsonl.gz"),
+        (["--file", "s3://b/k/", "--wait", "1", "--output", OUT], "--wait: s3://b/k/ is several jobs"),
         (["x", "--wait", "1"], "--wait: say where the results go"),
     ],
 )
@@ -298,7 +317,7 @@ def test_worker_takes_the_open_files_that_it_is_granted():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("command", ["results", "cancel"])
+@pytest.mark.parametrize("command", ["results", "status", "cancel"])
 @pytest.mark.parametrize("job_id", ["", "..", "../../x", "a b", "x" * 129])
 def test_what_is_no_job_id_is_misuse(cli, command, job_id):
     result = cli(command, "--output", OUT, "--", job_id)

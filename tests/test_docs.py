@@ -97,20 +97,28 @@ def test_the_line_has_the_fields_of_a_result_line() -> None:
     assert list(line) == [name for name in ResultLine.__struct_fields__ if name != "details"]
 
 
-def test_the_job_of_scores_is_one_that_the_worker_takes_and_its_line_has_the_fields_of_one() -> None:
+def test_the_job_by_reference_is_one_that_the_worker_takes() -> None:
     delivery = Delivery(message_id="m", body=blocks("json")[2], receipt="r")
+    job = wire.decode(delivery, output_prefixes=["s3://bucket/results/"], max_rows=10, now=0.0)
+    assert job.source is not None
+    assert job.source.is_packed
+    assert job.given.adapter == "pirate"
+
+
+def test_the_job_of_scores_is_one_that_the_worker_takes_and_its_line_has_the_fields_of_one() -> None:
+    delivery = Delivery(message_id="m", body=blocks("json")[3], receipt="r")
     job = wire.decode(delivery, output_prefixes=["s3://bucket/results/"], max_rows=10, now=0.0)
     assert [(row.task, row.target, row.failure) for row in job.rows] == [
         (Task.SCORE, " honey", None),
         (Task.SCORE, " rope", None),
         (Task.SCORE, None, None),
     ]
-    line = json.loads(blocks("json")[3])
+    line = json.loads(blocks("json")[4])
     assert wire.tally(json.dumps(line).encode() + b"\n").completed == 1
     assert list(line) == [name for name in ScoreLine.__struct_fields__ if name != "details"]
 
 
-@pytest.mark.parametrize(("block", "shape"), [(4, "chat"), (5, "llama")])
+@pytest.mark.parametrize(("block", "shape"), [(5, "chat"), (6, "llama")])
 def test_lines_of_other_formats_are_read(block: int, shape: str) -> None:
     row = read_line(blocks("json")[block].strip().encode(), 0, Given(base_models=frozenset()))
     assert (row.failure, row.adapter, row.params.max_new_tokens) == (None, "pirate", 40)

@@ -137,7 +137,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             on_missing=mirror.wake if mirror is not None else lambda: None,
             registered=registered.find if registered is not None else lambda _: None,
         )
-        rows = RowRunner(bridge, core.base.tokenizer, adapters, _flow(settings, core))
+        rows = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
         runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
         intake = Intake(
             queue,
@@ -365,7 +365,8 @@ def _warn_about(info: QueueInfo, settings: Settings) -> None:
         logger.warning("dead_letter is store, and there is no place to store: set dead_letter_uri")
 
 
-def _flow(settings: Settings, core: Core) -> FlowControl:
+def flow_of(settings: Settings, core: Core) -> FlowControl:
+    """How much of the rows an engine may have at work."""
     return FlowControl(
         max_rows=settings.in_flight_rows,
         max_tokens=settings.max_in_flight_tokens or core.cache_tokens * _CACHES_AHEAD,
@@ -382,7 +383,7 @@ def _runner(
     *,
     metrics: Metrics,
 ) -> Runner:
-    committer = Committer(objects, _provenance(settings))
+    committer = Committer(objects, provenance(settings))
     splitter = Splitter(objects, committer, queue, rows_per_part=settings.rows_per_part)
     return Runner(_limits(settings, info), rows, committer, splitter, metrics, store=objects)
 
@@ -393,11 +394,13 @@ def _limits(settings: Settings, info: QueueInfo) -> JobLimits:
         max_rows_per_job=settings.max_rows_per_job,
         dead_letter_prefix=settings.dead_letter_prefix if settings.dead_letter == "store" else None,
         max_receive_count=info.max_receive_count,
-        input_prefixes=settings.input_prefixes,
+        # `enqueue` puts files where their results go.
+        input_prefixes=settings.input_prefixes and settings.input_prefixes + settings.output_prefixes,
     )
 
 
-def _provenance(settings: Settings) -> Provenance:
+def provenance(settings: Settings) -> Provenance:
+    """What this process says of itself in manifests."""
     return Provenance(
         worker=f"{socket.gethostname()}-{os.getpid()}",
         base_model=str(settings.model),

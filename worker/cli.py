@@ -19,6 +19,7 @@ from adapters_sync import logs
 from adapters_sync.errors import SyncError
 from adapters_sync.settings import describe
 from worker.errors import InvalidMessage, LoramillError, SettingsError
+from worker.files import LocalFile, find_files, from_stdin, read_file
 from worker.jobs import Output
 from worker.model_source import local_properties
 from worker.options import with_settings
@@ -79,7 +80,9 @@ def enqueue(
             "--file",
             "-f",
             metavar="FILE",
-            help='JSON lines, a row each: {"input": ..., "adapter": ..., "parameters": {...}}. "-" is stdin.',
+            help='JSON lines, a row each: {"input": ..., "adapter": ..., "parameters": {...}}; .gz too. '
+            '"-" is stdin, s3://bucket/key an object. Of a folder, or s3://bucket/prefix/, every .jsonl and '
+            ".jsonl.gz file, a job each.",
         ),
     ] = None,
     adapter: Annotated[
@@ -124,7 +127,8 @@ def enqueue(
 ) -> None:
     """Put a job on the queue and print its id; with --wait, print its result lines too.
 
-    With --wait the exit code is 1 when the job, or any of its rows, failed.
+    A file too large for a message goes to the job's output first. With --wait the exit code is 1 when the
+    job, or any of its rows, failed.
     """
     with _readable_errors(debug):
         settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
@@ -134,18 +138,27 @@ def enqueue(
                 raise SettingsError(
                     [f"{flag}: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
                 )
-        from worker.client import build_job, send_job  # noqa: PLC0415 (the AWS SDK)
+        from worker.client import Order, Written, send_local, send_stored  # noqa: PLC0415 (the AWS SDK)
 
-        job_id = job_id or uuid.uuid4().hex
-        rows = _rows(prompts, file, chat=chat)
         place = None if output is None else Output(output, output_format)
-        body, digest = build_job(
-            rows, adapter, _parameters(parameter), job_id=job_id, output=place, task=task
-        )
-        asyncio.run(send_job(str(settings.queue_url), body))
-        typer.echo(job_id)
+        order = Order(adapters=adapter, parameters=_parameters(parameter), task=task, output=place)
+        sent = list[Written]()
+
+        def on_sent(written: Written, name: str) -> None:
+            sent.append(written)
+            typer.echo(f"{written.job_id}\t{name}" if name else written.job_id)
+
+        with _rows(prompts, file, chat=chat) as rows:
+            several = rows.endswith("/") if isinstance(rows, str) else len(rows) > 1
+            if wait is not None and several:
+                raise InvalidMessage(f"--wait: {file} is several jobs; fetch their results one by one")
+            url, job_id = str(settings.queue_url), job_id or uuid.uuid4().hex
+            if isinstance(rows, str):
+                asyncio.run(send_stored(url, rows, order, job_id, on_sent))
+            else:
+                asyncio.run(send_local(url, rows, order, job_id, on_sent))
         if wait is not None and output is not None:
-            _results(output, job_id, wait, None, digest)
+            _results(output, sent[0].job_id, wait, None, sent[0].digest)
 
 
 @app.command()
@@ -172,6 +185,33 @@ def results(
     """
     with _readable_errors(debug):
         _results(_place(flags, output), _job_id(job_id), wait, None if to == Path("-") else to)
+
+
+@app.command()
+@with_settings(_OUTPUT)
+def status(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
+    *,
+    flags: dict[str, Any],
+    output: _OutputOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again until it has ended; on a terminal, live.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what is known as JSON; with --watch, a line for each look.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Tell how far a job is: parts, rows, failures, rate, time left.
+
+    The exit code is 1 when the job failed, any of its rows did, or nothing is known of it.
+    """
+    with _readable_errors(debug):
+        from worker.show_progress import follow  # noqa: PLC0415 (the AWS SDK)
+
+        seen = asyncio.run(follow(_place(flags, output), _job_id(job_id), watch=watch, as_json=as_json))
+        if seen.error is not None or seen.rows_failed or seen.state == "unseen":
+            raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -256,6 +296,8 @@ def doctor(
             raise typer.Exit(FAILED)
 
 
+
+
 @app.command()
 def demo(
     *,
@@ -338,26 +380,23 @@ def _open_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _rows(prompts: list[str] | None, file: str | None, *, chat: bool) -> list[Any]:
-    """The inputs of a job, from arguments or from a file of JSON lines."""
+@contextmanager
+def _rows(
+    prompts: list[str] | None, file: str | None, *, chat: bool
+) -> Iterator[str | list[tuple[str, LocalFile | list[Any]]]]:
+    """What jobs are to be made of: a URI, or rows and files with their names, good for the block."""
     if bool(prompts) == bool(file):
         raise InvalidMessage("give either prompts or --file")
-    if file is None and chat:
-        return [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts or ()]
     if file is None:
-        return list(prompts or ())
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as exc:
-        raise InvalidMessage(f"--file {file}: {exc.strerror}") from exc
-    rows = []
-    for number, line in enumerate(data.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(msgspec.json.decode(line))
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                raise InvalidMessage(f"--file {file}, line {number}: {exc}") from exc
-    return rows
+        said = list(prompts or ())
+        yield [("", [{"messages": [{"role": "user", "content": one}]} for one in said] if chat else said)]
+    elif file.startswith("s3://"):
+        yield file
+    elif file == "-":
+        with from_stdin() as path:
+            yield [("", read_file(path, file))]
+    else:
+        yield [(name, read_file(path, str(path))) for name, path in find_files(file)]
 
 
 def _parameters(given: list[str] | None) -> dict[str, Any]:

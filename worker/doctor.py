@@ -17,6 +17,7 @@ from worker.settings import Settings
 from worker.transport.clients import Clients
 from worker.transport.queue import Outcome, QueueInfo, SqsQueue
 from worker.transport.store import S3Store, Store
+from worker.wire.places import as_folder
 
 _PROBE, _RECEIPT = ".loramill-doctor", "loramill-doctor"
 _FEWEST_RECEIVES = 3
@@ -49,7 +50,8 @@ async def examine(settings: Settings) -> Findings:
             _settings(settings),
             *([_queue(clients, settings.queue_url)] if settings.queue_url else []),
             *(_outputs(store, prefix) for prefix in _written(settings)),
-            *([_adapters(store, settings.mirror_uri)] if settings.mirror_uri else []),
+            *(_read(store, f"input {prefix}", prefix) for prefix in settings.input_prefixes),
+            *([_read(store, f"adapters {uri}", uri)] if (uri := settings.mirror_uri) else []),
             *([_events(clients, url)] if (url := settings.adapters_events_queue_url) else []),
             *([_weights(store, settings.weights)] if settings.weights else []),
             _folders(settings),
@@ -156,9 +158,7 @@ async def _put_once(store: Store, uri: str) -> None:
         await store.put_if_absent(uri, b"`loramill doctor` was here.\n", "text/plain")
 
 
-async def _adapters(store: Store, uri: str) -> Findings:
-    what = f"adapters {uri}"
-
+async def _read(store: Store, what: str, uri: str) -> Findings:
     async def look() -> Findings:
         first = await _first(store, uri)
         if first is None:
@@ -260,7 +260,7 @@ def least_policy(settings: Settings) -> dict[str, object]:
 
     use = ["sqs:ReceiveMessage", "sqs:DeleteMessage"]
     if settings.queue_url:
-        more = ["sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes"]
+        more = ["sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes", "sqs:SendMessage"]
         allow("Jobs", use + more, [queue_arn(settings.queue_url)])
     if settings.adapters_events_queue_url:
         allow("AdapterEvents", use, [queue_arn(settings.adapters_events_queue_url)])
@@ -271,13 +271,14 @@ def least_policy(settings: Settings) -> dict[str, object]:
         [_objects(prefix) for prefix in _written(settings)],
     )
     allow("ModelAndAdapters", ["s3:GetObject"], [_objects(uri) for uri in read])
-    for number, uri in enumerate(dict.fromkeys([*_written(settings), *read])):
+    allow("Inputs", ["s3:GetObject"], [_objects(prefix) for prefix in settings.input_prefixes])
+    for number, uri in enumerate(dict.fromkeys([*_written(settings), *read, *settings.input_prefixes])):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         allow(
             f"List{number}",
             ["s3:ListBucket"],
             [f"arn:aws:s3:::{bucket}"],
-            Condition={"StringLike": {"s3:prefix": [f"{_folder(prefix)}*"]}},
+            Condition={"StringLike": {"s3:prefix": [f"{as_folder(prefix)}*"]}},
         )
     return {"Version": "2012-10-17", "Statement": statements}
 
@@ -297,8 +298,4 @@ def _partition(region: str) -> str:
 
 def _objects(uri: str) -> str:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    return f"arn:aws:s3:::{bucket}/{_folder(prefix)}*"
-
-
-def _folder(prefix: str) -> str:
-    return prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+    return f"arn:aws:s3:::{bucket}/{as_folder(prefix)}*"

@@ -27,7 +27,7 @@ async def wait_for_manifest(store: Store, output: Output, job_id: str, wait_seco
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        manifest = await _manifest(store, output, job_id)
+        manifest = await find_manifest(store, output, job_id)
         late = time.monotonic() >= deadline
         if manifest is not None and (late or not _may_go_on(manifest)):
             return manifest
@@ -99,7 +99,7 @@ async def fetch_results(
     """
     async with Clients() as clients:
         store = S3Store(clients)
-        manifest = await wait_for_manifest(store, folder(output), job_id, wait_seconds)
+        manifest = await wait_for_manifest(store, Output(wire.as_folder(output)), job_id, wait_seconds)
         on_manifest()
         if None not in {digest, manifest.digest} and manifest.digest != digest:
             raise LoramillError(f"id {job_id} was used before, for another job: these are not its results")
@@ -112,7 +112,7 @@ async def fetch_results(
 
 async def cancel(store: Store, output: Output, job_id: str) -> bool:
     """Have workers start no more rows of a job; False when it has ended already."""
-    manifest = await _manifest(store, output, job_id)
+    manifest = await find_manifest(store, output, job_id)
     if manifest is not None and not _may_go_on(manifest):
         return False
     with suppress(ObjectExists):
@@ -123,15 +123,11 @@ async def cancel(store: Store, output: Output, job_id: str) -> bool:
 async def cancel_job(output: str, job_id: str) -> bool:
     """As `cancel`, in S3."""
     async with Clients() as clients:
-        return await cancel(S3Store(clients), folder(output), job_id)
+        return await cancel(S3Store(clients), Output(wire.as_folder(output)), job_id)
 
 
-def folder(uri: str) -> Output:
-    """Where jobs' results lie, the slash at its end or not."""
-    return Output(uri if uri.endswith("/") else f"{uri}/")
-
-
-async def _manifest(store: Store, output: Output, job_id: str) -> wire.Manifest | None:
+async def find_manifest(store: Store, output: Output, job_id: str) -> wire.Manifest | None:
+    """The manifest of a job that has ended, or failed for now; None before."""
     try:
         body, _ = await store.get(wire.manifest_uri(output, job_id))
     except ObjectNotFound:

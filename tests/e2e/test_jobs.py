@@ -274,3 +274,33 @@ def test_a_body_that_lies_in_s3_and_an_event_of_s3_are_jobs(mill, queue, worker)
     assert [line["error"] for line in mill.results(name)] == [None, None]
     queue.send(json.dumps({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": BUCKET}))
     wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
+
+
+def test_a_large_file_of_a_sender_is_followed_and_fetched_by_the_commands(mill, queue, worker, tmp_path):
+    path, job = tmp_path / "rows.jsonl", mill.new_name()
+    text = "x" * 20_000
+    rows = [
+        {"input": f"{n} {text}" if n % 3 else f"{n}", "parameters": {"max_new_tokens": 1}} for n in range(90)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    url = {"LORAMILL_QUEUE_URL": queue.url}
+    done = mill.run("enqueue", "--file", str(path), "--id", job, **url)
+    assert (done.returncode, done.stdout) == (0, f"{job}\n"), done.stderr
+    done = mill.run("status", job, "--watch", "--json")
+    looks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1, "rows failed, which are too long for the model"
+    assert (looks[-1]["state"], looks[-1]["parts"], looks[-1]["rows"], looks[-1]["rows_failed"]) == (
+        "ended",
+        3,
+        90,
+        60,
+    )
+    assert "90 of 90 (100.0%), 60 failed" in mill.run("status", job).stdout
+    packed = tmp_path / "results.jsonl.gz"
+    assert mill.run("results", job, "--to", str(packed)).returncode == 1
+    found = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
+    assert [line["index"] for line in found] == list(range(90))
+    assert {line["error"]["code"] for line in found if line["error"]} == {"prompt_too_long"}
+    assert mill.run("status", "never-sent").returncode == 1
+    again = mill.run("enqueue", "--file", str(path), "--id", job, "--wait", "60", **url)
+    assert again.stdout.splitlines()[1:] == gzip.decompress(packed.read_bytes()).decode().splitlines()

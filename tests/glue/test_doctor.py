@@ -234,6 +234,7 @@ def test_queue_of_events_is_looked_at_too(account):
 def test_policy_names_what_is_used_and_nothing_else():
     given = {"LORAMILL_QUEUE_URL": URL, "LORAMILL_OUTPUT_PREFIXES": "s3://out/a/,s3://other/b/"}
     given |= {"LORAMILL_MODEL": "s3://models/llama", "LORAMILL_ADAPTERS_EVENTS_QUEUE_URL": f"{URL}-events"}
+    given |= {"LORAMILL_INPUT_PREFIXES": "s3://files/in/"}
     policy = least_policy(read_settings(environ=given, flags={}))
     by_action = {}
     for statement in policy["Statement"]:
@@ -246,11 +247,12 @@ def test_policy_names_what_is_used_and_nothing_else():
         "sqs:DeleteMessage": {jobs, f"{jobs}-events"},
         "sqs:GetQueueAttributes": {jobs},
         "sqs:ChangeMessageVisibility": {jobs},
+        "sqs:SendMessage": {jobs},
         "s3:GetObject": {f"arn:aws:s3:::{name}/*" for name in ("out/a", "other/b", "models/llama/adapters")}
-        | {"arn:aws:s3:::models/llama/*"},
+        | {"arn:aws:s3:::models/llama/*", "arn:aws:s3:::files/in/*"},
         "s3:PutObject": {"arn:aws:s3:::out/a/*", "arn:aws:s3:::other/b/*"},
         "s3:AbortMultipartUpload": {"arn:aws:s3:::out/a/*", "arn:aws:s3:::other/b/*"},
-        "s3:ListBucket": {"arn:aws:s3:::out", "arn:aws:s3:::other", "arn:aws:s3:::models"},
+        "s3:ListBucket": {f"arn:aws:s3:::{name}" for name in ("out", "other", "models", "files")},
     }
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from worker import wire
 from worker.errors import LoramillError, StoreUnavailable
-from worker.follow import _write, cancel, folder, save_results, stream_results, wait_for_manifest
-from worker.jobs import Failure
+from worker.follow import _write, cancel, save_results, stream_results, wait_for_manifest
+from worker.jobs import Failure, Output
 from worker.transport.memory import MemoryStore
 from worker.wire.manifest import Manifest, OutputFile, Status
 
 PARTS = [b'{"id": "0"}\n{"id": "1"}\n', b"", b'{"id": "2"}\n']
-OUTPUT = folder("s3://out/jobs")
+OUTPUT = Output("s3://out/jobs/")
 
 
 def manifest(parts=(), **changes):

@@ -25,7 +25,7 @@ from worker.demo.base_model import prepare_base_model
 from worker.demo.prompts import ADAPTERS, DEMO_PROMPTS, MAX_NEW_TOKENS
 from worker.demo.services import MODEL_URI, OUTPUT_URI, Services, read_metric, start
 from worker.errors import SettingsError
-from worker.follow import folder, wait_for_manifest
+from worker.follow import wait_for_manifest
 from worker.jobs import Output
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
@@ -86,7 +86,7 @@ def _follow(console: Console, services: Services) -> wire.Manifest:
     async def wait() -> wire.Manifest:
         async with Clients() as clients:
             waiting = asyncio.create_task(
-                wait_for_manifest(S3Store(clients), folder(OUTPUT_URI), JOB_ID, _JOB_SECONDS), name="manifest"
+                wait_for_manifest(S3Store(clients), Output(OUTPUT_URI), JOB_ID, _JOB_SECONDS), name="manifest"
             )
             while not waiting.done():
                 await asyncio.wait({waiting}, timeout=0.5)

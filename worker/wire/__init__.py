@@ -14,8 +14,10 @@ from worker.wire.manifest import (
 from worker.wire.native import decode, located, salvage
 from worker.wire.output import encode_rows, tally
 from worker.wire.places import (
+    as_folder,
     cancel_uri,
     dead_letter_uri,
+    input_uri,
     manifest_uri,
     part_number,
     parts_uri,
@@ -30,6 +32,7 @@ from worker.wire.split import Split, decode_split, encode_split
 __all__ = [
     "Manifest",
     "Split",
+    "as_folder",
     "cancel_uri",
     "dead_letter_uri",
     "decode",
@@ -45,6 +48,7 @@ __all__ = [
     "encode_split",
     "encode_summary",
     "find_pointer",
+    "input_uri",
     "located",
     "manifest_uri",
     "part_number",

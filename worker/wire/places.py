@@ -30,13 +30,23 @@ def read_output(value: object, output_prefixes: Sequence[str]) -> Output:
 
 def job_prefix(output: Output, job_id: str) -> str:
     """The prefix that holds everything of one job."""
-    return f"{output.uri}{job_id}/"
+    return f"{as_folder(output.uri)}{job_id}/"
+
+
+def as_folder(prefix: str) -> str:
+    """The prefix with a slash at its end; "" is a bucket's root."""
+    return prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
 
 
 def result_uri(job: Job) -> str:
     """Where the results go of the part that `job` is about."""
     suffix = ".out" if job.output.format == "bedrock" else ""
     return f"{job_prefix(job.output, job.id)}results-{_numbered(*job.place)}.jsonl{suffix}"
+
+
+def input_uri(output: Output, job_id: str, *, packed: bool) -> str:
+    """Where the rows go of a job whose sender has them in a file of his own."""
+    return f"{job_prefix(output, job_id)}input.jsonl{'.gz' if packed else ''}"
 
 
 def parts_uri(output: Output, job_id: str) -> str:
