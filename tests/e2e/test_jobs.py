@@ -252,27 +252,34 @@ def test_input_outside_the_prefixes_fails_the_job(mill, queue, worker):
     assert manifest["error"]["code"] == "forbidden_input"
 
 
-def test_a_body_that_lies_in_s3_and_an_event_of_s3_are_jobs(mill, queue, worker):
+def test_a_body_that_lies_in_s3_is_a_job(mill, queue, worker):
     job, key = mill.new_name(), f"in/{mill.new_name()}"
     body = json.dumps({"id": job, "inputs": PROMPTS, "output": {"uri": PREFIX}})
     mill.s3.put_object(Bucket=BUCKET, Key=key, Body=body.encode())
     pointer = ["software.amazon.payloadoffloading.PayloadS3Pointer", {"s3BucketName": BUCKET, "s3Key": key}]
     queue.send(json.dumps(pointer), {"ExtendedPayloadSize": str(len(body))})
     assert wait_until(lambda: mill.manifest(job), "the manifest")["request_counts"]["completed"] == 3
+    wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
 
-    dropped = "in/a file+1.jsonl"
-    stored = mill.s3.put_object(Bucket=BUCKET, Key=dropped, Body=b'"one"\n"two"\n')
-    record = {
-        "eventSource": "aws:s3",
-        "eventName": "ObjectCreated:Put",
-        "s3": {"bucket": {"name": BUCKET}, "object": {"key": "in/a+file%2B1.jsonl", "eTag": stored["ETag"]}},
-    }
-    before = set(mill.keys("out/s3-"))
-    queue.send(json.dumps({"Type": "Notification", "Message": json.dumps({"Records": [record]})}))
-    wait_until(lambda: len(set(mill.keys("out/s3-")) - before) == 2, "results of the file")
-    name = next(iter(set(mill.keys("out/s3-")) - before)).split("/")[1]
+
+def test_dropping_a_file_into_a_watched_prefix_is_a_job(mill, queue, worker):
+    """With the store's own events: it sends one to try the queue, and one for the file."""
+    arn = mill.sqs.get_queue_attributes(QueueUrl=queue.url, AttributeNames=["QueueArn"])["Attributes"][
+        "QueueArn"
+    ]
+    rules = {"FilterRules": [{"Name": "prefix", "Value": "in/watched/"}]}
+    watched = {"QueueArn": arn, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": rules}}
+    mill.s3.put_bucket_notification_configuration(
+        Bucket=BUCKET, NotificationConfiguration={"QueueConfigurations": [watched]}
+    )
+    try:
+        mill.s3.put_object(Bucket=BUCKET, Key="in/watched/a file+1.jsonl", Body=b'"one"\n"two"\n')
+        wait_until(lambda: len(mill.keys("out/s3-")) == 2, "results of the file")
+    finally:
+        mill.s3.put_bucket_notification_configuration(Bucket=BUCKET, NotificationConfiguration={})
+    (name,) = {key.split("/")[1] for key in mill.keys("out/s3-")}
     assert [line["error"] for line in mill.results(name)] == [None, None]
-    queue.send(json.dumps({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": BUCKET}))
+    assert mill.manifest(name)["input"]["uri"] == f"s3://{BUCKET}/in/watched/a file+1.jsonl"
     wait_until(lambda: queue.counts() == (0, 0), "an empty queue")
 
 
