@@ -56,6 +56,17 @@ class Committer:
             raise _reused(job)
         return manifest is not None and _is_final(manifest)
 
+    async def is_done(self, job: Job) -> bool:
+        """Whether there are results of a job about the same object, in whatever version that was."""
+        manifest = await self._manifest(job.output, job.id)
+        return (
+            manifest is not None
+            and manifest.error is None
+            and manifest.input is not None
+            and job.source is not None
+            and manifest.input.uri == job.source.uri
+        )
+
     async def is_cancelled(self, job: Job) -> bool:
         """Whether its sender has taken the job back; see `follow.cancel`."""
         return await self._store.head(wire.cancel_uri(job.output, job.id)) is not None

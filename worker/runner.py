@@ -18,6 +18,7 @@ from worker import wire
 from worker.commit import Committer
 from worker.errors import (
     EngineFailed,
+    InvalidInput,
     InvalidMessage,
     JobError,
     JobIdReused,
@@ -186,7 +187,13 @@ class Runner:
     async def _run(self, hold: Hold, job: Job, delivery: Delivery) -> str:
         """A job, or a part of one, that is not committed yet is brought there."""
         if job.source is not None and job.part is None:
-            job = await self._splitter.locate(job)
+            try:
+                job = await self._splitter.locate(job)
+            except InvalidInput:
+                # A job that is done may have lost its input since.
+                if await self._committer.is_done(job):
+                    return "duplicate"
+                raise
         if await self._committer.is_committed(job):
             return "duplicate"
         if job.source is not None and job.part is None:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.busy [--rows 4] [--new-tokens 32] [--seconds 60] [--model DIR]
 
 A queue of moto's is kept filled with jobs of `--rows` rows with different adapters, and a real worker with
-the demo's model (or that of `--model`, then without adapters) takes them. After `--warm` seconds of work it is
-looked at for `--seconds`: what the engine's thread spent in steps, by phase. The server runs on the same
+the demo's model (or that of `--model`, then without adapters) takes them. After `--warm` seconds of work it
+is looked at for `--seconds`: what the engine's thread spent in steps, by phase. The server runs on the same
 machine, as queue and store elsewhere do not.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -61,14 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model, adapters = (args.model, {}) if args.model else _demo()
+        model, adapters = (args.model, []) if args.model else _demo(folder / "adapters")
         address = stack.enter_context(servers.moto_apart())
         servers.client(address).create_bucket(Bucket=BUCKET)
         url = stack.enter_context(_fed(address, args, [*adapters, ""]))
         flags = ["--max-num-seqs", str(args.batch), "--queue-url", url, "--model", str(model)]
         flags += ["--output-prefixes", f"s3://{BUCKET}/out/", "--cache-dir", str(folder / "cache")]
         if adapters:
-            flags += ["--adapters-dir", str(next(iter(adapters.values())).parent)]
+            flags += ["--adapters-dir", str(folder / "adapters")]
         worker = Process(flags, environ_of(address), folder / "worker.log")
         try:
             worker.wait_ready()
@@ -120,14 +121,14 @@ def report(before: Totals, after: Totals, rows: int) -> str:
     return "\n".join([*lines, *(f"  {name:<12}{seconds / wall:.3f}" for name, seconds in shares)])
 
 
-def _demo() -> tuple[Path, dict[str, Path]]:
-    """The demo's model, and its adapters by name."""
+def _demo(folder: Path) -> tuple[Path, list[str]]:
+    """The demo's model, and the names of its adapters, which are copied to `folder`."""
     from worker.demo import base_model
 
-    adapters = Path(base_model.__file__).parent / "adapters"
+    shutil.copytree(Path(base_model.__file__).parent / "adapters", folder)
     cache = Path.home() / ".cache" / "loramill"
     model = base_model.prepare_base_model(cache, lambda text: print(text, file=sys.stderr))
-    return model, {path.name: path for path in sorted(adapters.iterdir()) if path.is_dir()}
+    return model, sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 @contextmanager

@@ -311,6 +311,20 @@ def test_the_same_file_sent_again_is_a_duplicate():
     asyncio.run(scenario())
 
 
+def test_a_job_that_is_done_may_lose_its_input_and_come_again():
+    async def scenario() -> None:
+        world = World()
+        await _sent(world)
+        await world.handle_all()
+        del world.store._objects[URI]
+        await world.send(body())
+        await world.handle_all()
+        assert world.counted("duplicate") == 1
+        assert not any(uri.startswith(DEAD) for uri in world.store.uris)
+
+    asyncio.run(scenario())
+
+
 def test_bad_lines_are_error_lines_at_their_places():
     async def scenario() -> None:
         world = World()
