@@ -41,12 +41,14 @@ FLOORS = [
         "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
         "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",
         "worker.turns",
+        "worker.local_input", "worker.local_output", "worker.local_signals",
         "adapters_sync.listener", "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push",
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
         "worker.app", "worker.cli", "worker.demo", "worker.options", "worker.shelf", "worker.show_progress",
         "worker.sources",
+        "worker.local_progress", "worker.local_rows", "worker.run_batch",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",
     },
 ]  # fmt: skip

@@ -71,7 +71,19 @@ def test_no_command_shows_the_help(cli):
 
 @pytest.mark.parametrize(
     "command",
-    ["worker", "sync", "push", "enqueue", "results", "status", "cancel", "redrive", "doctor", "demo"],
+    [
+        "worker",
+        "sync",
+        "push",
+        "enqueue",
+        "results",
+        "status",
+        "cancel",
+        "redrive",
+        "doctor",
+        "run-batch",
+        "demo",
+    ],
 )
 def test_every_command_explains_itself(cli, command):
     result = cli(command, "--help", COLUMNS="200")

@@ -296,6 +296,100 @@ def doctor(
             raise typer.Exit(FAILED)
 
 
+_LOCAL_NAMES = {
+    "model", "model_id", "adapters_dir", "cache_dir", "device", "dtype", "trust_remote_code", "max_num_seqs",
+    "max_num_batched_tokens", "max_model_len", "memory_share", "kernel_tuning_seconds", "max_passed_over",
+    "prefix_reuse", "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "max_cpu_lora_bytes",
+    "lora_dtype",
+}  # fmt: skip
+_LOCAL = [
+    msgspec.structs.replace(info, flag="--adapters") if info.name == "adapters_dir" else info
+    for info in _INFOS
+    if info.name in _LOCAL_NAMES
+]
+
+
+@app.command("run-batch")
+@with_settings(_LOCAL)
+def run_batch(
+    *,
+    flags: dict[str, Any],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help='JSON lines, a row each: native, of OpenAI or of Bedrock; .gz too. "-" is stdin.',
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="One line for each row, in order, errors too; packed if the name ends in .gz.",
+        ),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", metavar="NAME", help="For rows that name none.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=JSON", help="For all rows: -p max_new_tokens=64"),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="generate|score", help="score: how likely are the rows' targets?"),
+    ] = None,
+    input_format: Annotated[
+        str,
+        typer.Option(
+            "--input-format", metavar="auto|native|openai|bedrock", help="Of the rows; auto looks at each."
+        ),
+    ] = "auto",
+    output_format: Annotated[
+        str,
+        typer.Option("--format", metavar="native|openai|bedrock", help="The form of the result lines."),
+    ] = "native",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, if it exists, at the end.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Give up the lines of a run that was stopped, and begin anew.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Run the rows of a file with the worker's engine, without AWS; a run that was stopped goes on.
+
+    Whatever stops it, the lines so far lie beside the output, in .NAME.partial, and the same command adds
+    those that are missing. The exit code is 1 when a row failed.
+    """
+    with _readable_errors(debug):
+        environ = dict(os.environ)
+        settings = read_settings(environ=environ, flags=flags, required=("model",))
+        properties = local_properties(settings)
+        settings = read_settings(environ=environ, flags=flags, properties=properties)
+        _let_threads_sleep()
+        _open_many_files()
+        from worker.run_batch import Batch  # noqa: PLC0415 (the AWS SDK, though nothing is asked of it)
+        from worker.run_batch import run_batch as run  # noqa: PLC0415
+
+        batch = Batch(
+            source=source,
+            target=target,
+            adapter=adapter,
+            parameters=_parameters(parameter),
+            task=task,
+            input_format=input_format,
+            format=output_format,
+            overwrite=overwrite,
+            restart=restart,
+        )
+        counts = run(settings, batch).request_counts
+        if counts.failed:
+            raise LoramillError(f"{counts.failed} of {counts.total} rows failed: see their error")
 
 
 @app.command()

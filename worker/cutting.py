@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from worker.errors import InvalidInput
 from worker.jobs import Source
 from worker.transport.lines import END, Span, read_lines
-from worker.transport.store import Store, StoredObject
+from worker.transport.objects import Readable, StoredObject
 from worker.wire.split import Slice
 
 MAX_PARTS, MAX_PACKED_PARTS = 10_000, 100
@@ -19,7 +19,7 @@ def span_of(source: Source) -> Span:
 
 
 async def cut(
-    store: Store, stored: StoredObject, source: Source, *, rows_per_part: int, max_parts: int | None = None
+    store: Readable, stored: StoredObject, source: Source, *, rows_per_part: int, max_parts: int | None = None
 ) -> tuple[Slice, ...]:
     """Cut what a source names into parts that begin with a line and have `rows_per_part` rows or fewer.
 

@@ -7,12 +7,12 @@ from worker.cutting import span_of
 from worker.errors import InvalidInput, InvalidLine, StoreRefused
 from worker.jobs import Job, Row, Source
 from worker.transport.lines import MAX_LINE_BYTES, Line, read_lines
-from worker.transport.store import Store, StoredObject
+from worker.transport.objects import Readable, StoredObject
 from worker.wire.checks import failure_of
 from worker.wire.lines import read_line
 
 
-async def find(store: Store, source: Source) -> StoredObject:
+async def find(store: Readable, source: Source) -> StoredObject:
     """The object that a source names. Raises InvalidInput when it is gone or another version."""
     stored = await store.head(source.uri)
     if stored is None:
@@ -22,7 +22,7 @@ async def find(store: Store, source: Source) -> StoredObject:
     return stored
 
 
-async def rows_of(job: Job, store: Store) -> AsyncGenerator[Row, None]:
+async def rows_of(job: Job, store: Readable) -> AsyncGenerator[Row, None]:
     """Every row of a job in order; close the generator if you leave early.
 
     Raises InvalidInput when its source is not what was counted, or damaged, and what `Store.stream` raises.

@@ -47,12 +47,7 @@ async def fetch_weights(settings: Settings, store: Store, on_bytes: Callable[[in
     weights = settings.weights
     assert weights is not None, "the command requires a model"
     if not weights.startswith("s3://"):
-        folder = await asyncio.to_thread(_folder, weights)
-        if folder is not None:
-            return str(folder)
-        if settings.model_dir is not None and weights == settings.model:
-            raise ModelError(f"model: {weights} is not a folder")
-        return weights
+        return await asyncio.to_thread(local_weights, settings)
     uri = weights.rstrip("/") + "/"
     target = settings.cache_path / "models" / uri.removeprefix("s3://").rstrip("/")
     try:
@@ -60,6 +55,16 @@ async def fetch_weights(settings: Settings, store: Store, on_bytes: Callable[[in
     except ObjectNotFound as exc:
         raise ModelError(f"model: there is nothing under {uri}") from exc
     return str(target)
+
+
+def local_weights(settings: Settings) -> str:
+    """The folder with a base model that is not in S3, or its hub id. Blocking. Raises ModelError."""
+    weights = settings.weights
+    assert weights is not None, "the command requires a model"
+    folder = _folder(weights)
+    if folder is None and settings.model_dir is not None and weights == settings.model:
+        raise ModelError(f"model: {weights} is not a folder")
+    return weights if folder is None else str(folder)
 
 
 def _folder(weights: str) -> Path | None:

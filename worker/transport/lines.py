@@ -11,8 +11,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from worker.errors import InvalidInput
-from worker.transport.objects import StoredObject
-from worker.transport.store import Store
+from worker.transport.objects import Readable, StoredObject
 
 MAX_LINE_BYTES = 16 << 20
 END = 1 << 62
@@ -41,7 +40,7 @@ class Line(NamedTuple):
 
 
 async def read_lines(
-    store: Store, stored: StoredObject, span: Span, *, gzip: bool
+    store: Readable, stored: StoredObject, span: Span, *, gzip: bool
 ) -> AsyncGenerator[Line, None]:
     """Every line that begins in `span` and is not blank; close the generator if you leave early.
 
@@ -62,7 +61,7 @@ async def read_lines(
 
 
 async def _as_far_as_needed(
-    store: Store, stored: StoredObject, start: int, stop: int
+    store: Readable, stored: StoredObject, start: int, stop: int
 ) -> AsyncGenerator[bytes, None]:
     """Bytes `start` to `stop`, and what follows only where a line goes on beyond."""
     stop, last = min(stop, stored.size), b""

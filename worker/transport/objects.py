@@ -1,5 +1,8 @@
 """What the object store talks about: objects and their URIs."""
 
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
 import msgspec
 
 from worker.errors import StoreRefused
@@ -17,6 +20,18 @@ class StoredObject(msgspec.Struct, frozen=True):
     """Bytes."""
     metadata: dict[str, str] = {}
     """What was said of it when it was stored, names in lower case; known after a `get` or a `head`."""
+
+
+class Readable(Protocol):
+    """What can be looked at and read; see `Store`."""
+
+    async def head(self, uri: str) -> StoredObject | None:
+        """Look at an object without reading it; None when there is none."""
+
+    def stream(
+        self, stored: StoredObject, start: int = 0, stop: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes `start` to `stop` of exactly that version, in chunks."""
 
 
 def parse_uri(uri: str) -> tuple[str, str]:
