@@ -42,7 +42,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         def __init__(self, queue_url: str) -> None:
             self.url = queue_url
 
-        async def send(self, body: str) -> None:
+        async def send(self, body: str, *, group_id: str | None = None) -> None:
             found.append((self.url, json.loads(body)))
 
     @asynccontextmanager

@@ -114,7 +114,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         if mirror is not None:
             # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
             await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
-            owned.add(_mirroring(mirror, SyncMetrics(registry), signals.stop))
+            owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
         core = await asyncio.to_thread(build_core, settings, weights)
         await asyncio.to_thread(_tell_mirrors, settings, core.targets)
         if signals.stop.is_set():

@@ -121,7 +121,9 @@ def enqueue(
     ] = "native",
     wait: Annotated[
         float | None,
-        typer.Option("--wait", metavar="SECONDS", help="Wait so long for the results, and print them."),
+        typer.Option(
+            "--wait", metavar="SECONDS", min=0, help="Wait so long for the results, and print them."
+        ),
     ] = None,
     debug: _Debug = False,
 ) -> None:
@@ -431,6 +433,8 @@ def _place(flags: dict[str, Any], output: str | None) -> str:
     place = output or next(iter(settings.output_prefixes), None)
     if place is None:
         raise SettingsError(["--output: say where the results are; or set LORAMILL_OUTPUT_PREFIXES"])
+    if not place.startswith("s3://"):
+        raise SettingsError([f"--output: {place!r} is not of the form s3://bucket/prefix/"])
     return place
 
 

@@ -1,5 +1,6 @@
 """The sender's side: jobs to the queue, with their files to the store, and dead letters back."""
 
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -154,7 +155,7 @@ async def find_objects(store: Store, uri: str) -> AsyncIterator[tuple[str, Store
 async def send_job(queue_url: str, body: str) -> None:
     """Put one message on the queue."""
     async with _services(queue_url) as (_, queue):
-        await queue.send(body)
+        await queue.send(body, group_id=_group(queue_url, "cli"))
 
 
 async def send_local(
@@ -182,7 +183,7 @@ async def send_local(
                 written = write_reference(await upload(store, job), order, own_id)
             else:
                 written = job
-            await queue.send(written.body)
+            await queue.send(written.body, group_id=_group(queue_url, written.job_id))
             on_sent(written, name)
 
 
@@ -195,7 +196,7 @@ async def send_stored(
         try:
             async for name, stored in find_objects(store, uri):
                 written = write_reference(stored, order, named(job_id, name))
-                await queue.send(written.body)
+                await queue.send(written.body, group_id=_group(queue_url, written.job_id))
                 on_sent(written, name)
         except StoreRefused as error:
             raise LoramillError(f"--file {uri}: {error}") from error
@@ -206,6 +207,8 @@ def named(job_id: str, name: str) -> str:
     if not name:
         return job_id
     readable = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "-" for one in name)
+    if readable != name:  # else files whose names differ there would be one job
+        readable += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     own = f"{job_id}-{readable}"
     if not is_job_id(own):
         raise InvalidMessage(f"--file: {name} makes the job id {own}, which is too long; give a shorter --id")
@@ -231,6 +234,11 @@ async def redrive_all(
         dead_letters = await SqsQueue.of_arn(clients, arn)
         moved = await redrive(dead_letters, queue, limit=limit, on_moved=on_moved)
         return moved, await dead_letters.describe(), arn
+
+
+def _group(queue_url: str, name: str) -> str | None:
+    """A FIFO queue takes no message without one."""
+    return name if queue_url.endswith(".fifo") else None
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from contextlib import aclosing
 import msgspec
 
 from worker import wire
-from worker.errors import JobIdReused, LoramillError, ObjectExists, ObjectNotFound
+from worker.errors import InvalidInput, JobIdReused, ObjectExists, ObjectNotFound
 from worker.jobs import Delivery, Failure, Job, Output
 from worker.spool import Spool
 from worker.transport.store import Store, StoredObject
@@ -52,20 +52,25 @@ class Committer:
     async def is_committed(self, job: Job) -> bool:
         """Whether this very job has its final manifest. Raises JobIdReused if another job has it."""
         manifest = await self._manifest(job.output, job.id)
-        if manifest is not None and manifest.digest != job.digest:
+        if manifest is None or not _is_final(manifest):
+            return False
+        if manifest.digest != job.digest:
             raise _reused(job)
-        return manifest is not None and _is_final(manifest)
+        return True
 
     async def is_done(self, job: Job) -> bool:
-        """Whether there are results of a job about the same object, in whatever version that was."""
+        """Whether this job has results, of whatever version of its input that was."""
         manifest = await self._manifest(job.output, job.id)
-        return (
-            manifest is not None
-            and manifest.error is None
-            and manifest.input is not None
-            and job.source is not None
-            and manifest.input.uri == job.source.uri
-        )
+        if manifest is None or manifest.error is not None or manifest.input is None:
+            return False
+        return manifest.digest == wire.located(job, manifest.input.etag).digest
+
+    async def version(self, job: Job) -> str | None:
+        """The ETag of the input by which an earlier attempt at this job split it; None if none did."""
+        split = await self._split(job)
+        if split is not None and split.digest == wire.located(job, split.input.etag).digest:
+            return split.input.etag
+        return None
 
     async def is_cancelled(self, job: Job) -> bool:
         """Whether its sender has taken the job back; see `follow.cancel`."""
@@ -73,12 +78,8 @@ class Committer:
 
     async def split(self, job: Job) -> Split | None:
         """How an earlier attempt split this very job. Raises JobIdReused as above."""
-        try:
-            body, _ = await self._store.get(wire.parts_uri(job.output, job.id))
-        except ObjectNotFound:
-            return None
-        split = wire.decode_split(body)
-        if split.digest != job.digest:
+        split = await self._split(job)
+        if split is not None and split.digest != job.digest:
             raise _reused(job)
         return split
 
@@ -131,7 +132,7 @@ class Committer:
         """The parts of a job that are committed, and where their tallies are."""
         uris = dict[int, str]()
         async for stored in self._store.list(wire.tallies_uri(job.output, job.id)):
-            match wire.part_number(stored.uri):
+            match wire.part_number(stored.uri, job.output, job.id):
                 case (number, count) if count == job.place[1]:
                     uris[number] = stored.uri
         return uris
@@ -160,8 +161,9 @@ class Committer:
         """
         split = await self.split(job) if job.place[1] > 1 else None
         rows = sum(part.tally.rows for part in parts)
-        if split is not None and split.rows != rows:
-            raise LoramillError(f"job {job.id} has {split.rows} rows, and its parts {rows}")
+        if job.place[1] > 1 and (split is None or split.rows != rows):
+            known = "nobody knows how many" if split is None else str(split.rows)
+            raise InvalidInput(f"the parts of job {job.id} have {rows} rows, and the job {known}")
         if job.output.format == "bedrock":
             whole = total([part.tally for part in parts])
             await self._store.put(wire.summary_uri(job), wire.encode_summary(whole), _JSON)
@@ -203,6 +205,13 @@ class Committer:
         """Keep a message that nothing could be made of. A second attempt writes it again."""
         letter = wire.encode_dead_letter(delivery, failure, now=self._clock())
         await self._store.put(wire.dead_letter_uri(prefix, delivery.message_id), letter, _JSON)
+
+    async def _split(self, job: Job) -> Split | None:
+        try:
+            body, _ = await self._store.get(wire.parts_uri(job.output, job.id))
+        except ObjectNotFound:
+            return None
+        return wire.decode_split(body)
 
     async def _tell(self, job: Job, stored: StoredObject, tally: Tally) -> CommittedPart:
         """A part that is committed; of several the tally is kept, so that nobody reads the results for it."""
@@ -252,4 +261,5 @@ def _is_final(manifest: Manifest) -> bool:
 
 
 def _reused(job: Job) -> JobIdReused:
-    return JobIdReused(f"id {job.id!r} was used before, for a job with other content, which is committed")
+    what = "other content" if job.source is None else "other content, or another version of its input"
+    return JobIdReused(f"id {job.id!r} was used before, for a job with {what}, which is committed")

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from worker.cutting import span_of
-from worker.errors import InvalidInput, InvalidLine, StoreRefused
+from worker.errors import InvalidInput, InvalidLine
 from worker.jobs import Job, Row, Source
 from worker.transport.lines import MAX_LINE_BYTES, Line, read_lines
 from worker.transport.objects import Readable, StoredObject
@@ -34,15 +34,13 @@ async def rows_of(job: Job, store: Readable) -> AsyncGenerator[Row, None]:
         return
     assert part is not None
     count = 0
-    try:
-        stored = await find(store, source)
-        lines = read_lines(store, stored, span_of(source), gzip=source.is_packed)
-        async with aclosing(lines):
-            async for line in lines:
-                yield _row(job, line, part.first_row + count)
-                count += 1
-    except StoreRefused as exc:
-        raise InvalidInput(f"{source.uri} cannot be read: {exc}") from exc
+    stored = await find(store, source)
+    async with aclosing(read_lines(store, stored, span_of(source), gzip=source.is_packed)) as lines:
+        async for line in lines:
+            if count == part.rows:
+                raise InvalidInput(f"{source.uri} has more rows than the {part.rows} that were counted")
+            yield _row(job, line, part.first_row + count)
+            count += 1
     if count != part.rows:
         raise InvalidInput(f"{source.uri} has {count} rows where {part.rows} were counted")
 

@@ -42,7 +42,7 @@ async def run_rows(
         with runner.hold() as hold:
             hold.take(job)
             async with _telling(hold, on_left), aclosing(rows_of(job, source)) as rows:
-                await runner.run(hold, rows, emit)
+                await runner.run(hold, rows, lambda result: result, emit)
 
 
 @asynccontextmanager

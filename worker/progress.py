@@ -115,17 +115,14 @@ class Observer:
         new = [
             stored.uri
             async for stored in self._store.list(wire.tallies_uri(self._output, self._job_id))
-            if stored.uri not in self._tallies and _is_of(stored.uri, split)
+            if stored.uri not in self._tallies and self._is_of(stored.uri, split)
         ]
         await asyncio.gather(*(read(uri) for uri in new))
         return total(list(self._tallies.values()))
 
-
-def _is_of(uri: str, split: wire.Split) -> bool:
-    match wire.part_number(uri):
-        case (_, count):
-            return count == len(split.parts)
-    return False
+    def _is_of(self, uri: str, split: wire.Split) -> bool:
+        found = wire.part_number(uri, self._output, self._job_id)
+        return found is not None and found[1] == len(split.parts)
 
 
 def _ended(manifest: wire.Manifest) -> Progress:

@@ -6,8 +6,8 @@ import hashlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ from worker.jobs import (
     TokenDetail,
 )
 from worker.wire.checks import failure_of
+
+T = TypeVar("T")
 
 LARGE = 4
 _AHEAD = 64
@@ -126,14 +128,24 @@ class RowRunner:
             yield hold
         finally:
             self._holds.discard(hold)
-            self._flow.give_back(num_bytes=num_bytes)
+            self._flow.give_back(num_bytes=hold.num_bytes)
+
+    def grow(self, hold: Hold, num_bytes: int) -> None:
+        """So many more bytes belong to a message than it came with."""
+        hold.num_bytes += num_bytes
+        self._flow.take(num_bytes=num_bytes)
 
     async def run(
-        self, hold: Hold, rows: AsyncIterator[Row], emit: Callable[[RowResult], Awaitable[None]]
+        self,
+        hold: Hold,
+        rows: AsyncIterator[Row],
+        encode: Callable[[RowResult], T],
+        emit: Callable[[T], Awaitable[None]],
     ) -> None:
-        """Give `emit` a result for every row, in order; a row's own failure is in its result.
+        """Give `emit` what `encode` makes of every row's result, in order.
 
-        Raises what `rows` and `emit` raise, and EngineFailed.
+        A result is encoded as soon as it is there, so that what waits for an earlier one is small; a row's
+        own failure is in it. Raises what `rows`, `encode` and `emit` raise, and EngineFailed.
         """
         assert hold.job is not None
         taken, in_order = _Taken(rows), InOrder(emit, max_ahead=_AHEAD * self._flow.max_rows)
@@ -142,26 +154,32 @@ class RowRunner:
             async with asyncio.TaskGroup() as group:
                 for number in range(workers):
                     name = f"rows-{number}-{hold.job.id}"
-                    group.create_task(self._take(hold, taken, in_order), name=name)
+                    group.create_task(self._take(hold, taken, encode, in_order), name=name)
         except BaseExceptionGroup as error:
             raise _cause(error) from error
         # A group does not mind if its tasks are cancelled.
         if not taken.ended or in_order.passed_on < taken.count:
             raise EngineFailed(f"rows of job {hold.job.id} were dropped")
 
-    async def _take(self, hold: Hold, taken: "_Taken", in_order: InOrder[RowResult]) -> None:
+    async def _take(
+        self, hold: Hold, taken: "_Taken", encode: Callable[[RowResult], T], in_order: InOrder[T]
+    ) -> None:
         """See rows through, one after the other, until there are none."""
         is_large = hold.rows > self._large
         while True:
-            async with self._flow.turn() if is_large else nullcontext():
-                numbered = await taken.next()
-                if numbered is None:
-                    return
-                number, row = numbered
-                await in_order.room(number)
-                result = await self._run(hold, row)
+            async with AsyncExitStack() as stack:
+                # A job has a row ready before it takes a turn, which others could use while it reads.
+                async with taken.gate:
+                    numbered = await taken.next()
+                    if numbered is None:
+                        return
+                    number, row = numbered
+                    await in_order.room(number)
+                    if is_large:
+                        await stack.enter_async_context(self._flow.turn())
+                done = encode(await self._run(hold, row))
             hold.left = max(0, hold.left - 1)
-            await in_order.put(number, result)
+            await in_order.put(number, done)
 
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         job = hold.job
@@ -275,18 +293,18 @@ class _Taken:
 
     def __init__(self, rows: AsyncIterator[Row]) -> None:
         self._rows = rows
-        self._turn = asyncio.Lock()
+        self.gate = asyncio.Lock()
+        """Held by whoever asks for the next."""
         self.count = 0
         self.ended = False
 
     async def next(self) -> tuple[int, Row] | None:
-        async with self._turn:
-            row = None if self.ended else await anext(self._rows, None)
-            if row is None:
-                self.ended = True
-                return None
-            self.count += 1
-            return self.count - 1, row
+        row = None if self.ended else await anext(self._rows, None)
+        if row is None:
+            self.ended = True
+            return None
+        self.count += 1
+        return self.count - 1, row
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

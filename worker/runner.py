@@ -25,8 +25,8 @@ from worker.errors import (
     LeaseLost,
     LoramillError,
     ObjectNotFound,
+    ObjectTooLarge,
     QueueRefused,
-    StoreRefused,
 )
 from worker.inputs import rows_of
 from worker.jobs import Delivery, Failure, Job
@@ -37,16 +37,18 @@ from worker.spool import Spool
 from worker.transport.lease import Lease, LeaseState
 from worker.transport.store import Store
 from worker.wire.checks import failure_of
+from worker.wire.enqueue import MAX_BODY_BYTES
 from worker.wire.envelopes import Pointer
 from worker.wire.manifest import CommittedPart
 from worker.wire.results import Tally
+from worker.wire.source import check_input
 
 logger = logging.getLogger(__name__)
 
 _MAX_BACKOFF_SECONDS = 900
 _CANCEL_SECONDS = 10.0
 """Between two looks whether a job was cancelled, while its rows are at work."""
-_MAX_POINTED_BYTES = 64 << 20
+_MAX_POINTED_BYTES = 16 << 20
 """Of a body that lies in S3. What is larger is an `input`."""
 
 Opened = Job | Pointer | list[Delivery]
@@ -104,6 +106,8 @@ class Runner:
                 job = self._open(lease.delivery)
             except JobError as error:
                 work = self._reject(hold, lease.delivery, error)
+            except Exception as error:  # noqa: BLE001 (a mistake of ours, and the lease must end all the same)
+                work = _raising(error)
             else:
                 if isinstance(job, Job):
                     hold.take(job)
@@ -139,7 +143,7 @@ class Runner:
         if outcome == "committed":
             self._metrics.job_seconds.observe(time.monotonic() - started)
 
-    def _open(self, delivery: Delivery) -> "Opened":
+    def _open(self, delivery: Delivery, max_bytes: int = MAX_BODY_BYTES) -> "Opened":
         """What a message holds. Raises JobError."""
         pointer = wire.find_pointer(delivery)
         if pointer is not None:
@@ -154,6 +158,7 @@ class Runner:
             max_rows=self._limits.max_rows_per_job,
             now=self._clock(),
             base_models=names_of(self._committer.base_model),
+            max_bytes=max_bytes,
         )
 
     @property
@@ -165,8 +170,7 @@ class Runner:
         """Do everything but the ack; returns how the message ended, for the metric."""
         try:
             if isinstance(opened, Pointer):
-                delivery = await self._fetched(delivery, opened)
-                opened = self._open(delivery)
+                opened = self._open(await self._fetched(hold, delivery, opened), _MAX_POINTED_BYTES)
             if isinstance(opened, Job):
                 hold.take(opened)
                 return await self._run(hold, opened, delivery)
@@ -176,12 +180,14 @@ class Runner:
             return await self._reject(hold, delivery, error)
         return "split" if opened else "ignored"
 
-    async def _fetched(self, delivery: Delivery, pointer: Pointer) -> Delivery:
-        """The message whose body lies in S3. Raises InvalidMessage when it cannot be had."""
+    async def _fetched(self, hold: Hold, delivery: Delivery, pointer: Pointer) -> Delivery:
+        """The message whose body lies in S3. Raises InvalidMessage when it is gone, and ForbiddenInput."""
+        check_input(pointer.uri, self._limits.input_prefixes)
         try:
-            body, _ = await self._store.get(pointer.uri, max_bytes=_MAX_POINTED_BYTES)
+            body, stored = await self._store.get(pointer.uri, max_bytes=_MAX_POINTED_BYTES)
+            self._rows.grow(hold, stored.size)
             return wire.with_body(delivery, body.decode())
-        except (ObjectNotFound, StoreRefused, UnicodeDecodeError) as exc:
+        except (ObjectNotFound, ObjectTooLarge, UnicodeDecodeError) as exc:
             raise InvalidMessage(f"the message's body cannot be read: {exc}") from exc
 
     async def _run(self, hold: Hold, job: Job, delivery: Delivery) -> str:
@@ -194,6 +200,7 @@ class Runner:
                 if await self._committer.is_done(job):
                     return "duplicate"
                 raise
+            hold.take(job)  # with the digest that its manifest has, should there be no more than last words
         if await self._committer.is_committed(job):
             return "duplicate"
         if job.source is not None and job.part is None:
@@ -237,7 +244,7 @@ class Runner:
         try:
             with Spool(job, base_model=self._committer.base_model, folder=self._spool_folder) as spool:
                 async with aclosing(rows_of(job, self._store)) as rows:
-                    await self._rows.run(hold, rows, spool.add)
+                    await self._rows.run(hold, rows, spool.encode, spool.add)
                 part, is_new = await self._committer.commit_part(job, spool)
         finally:
             looking.cancel()
@@ -304,6 +311,10 @@ def backoff_seconds(receive_count: int) -> int:
 def names_of(base_model: str) -> frozenset[str]:
     """What requests may call the base model: as the setting says it, or by the last part of that."""
     return frozenset({base_model, base_model.rstrip("/").rpartition("/")[2]})
+
+
+async def _raising(error: Exception) -> str:
+    raise error
 
 
 async def _unless_lost(lease: Lease, work: Coroutine[Any, Any, str]) -> str:

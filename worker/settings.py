@@ -153,7 +153,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             description="A larger input is split into parts of so many rows, each with a message of its own.",
             ge=1,
         ),
-    ] = 2000
+    ] = 1000
 
     visibility_timeout_seconds: Annotated[
         int,

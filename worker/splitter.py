@@ -3,15 +3,12 @@
 import logging
 from collections.abc import Sequence
 
-import msgspec
-
 from worker import wire
 from worker.commit import Committer
 from worker.cutting import cut
-from worker.errors import InvalidInput, StoreRefused
 from worker.inputs import find
-from worker.jobs import Delivery, Job, Part
-from worker.transport.queue import Outgoing, Queue
+from worker.jobs import Delivery, Job
+from worker.transport.queue import MAX_BATCH, Outgoing, Queue
 from worker.transport.store import Store
 
 logger = logging.getLogger(__name__)
@@ -32,11 +29,11 @@ class Splitter:
     async def locate(self, job: Job) -> Job:
         """The same job, about the version of its input that is there. Raises InvalidInput when none is."""
         assert job.source is not None
-        try:
-            stored = await find(self._store, job.source)
-        except StoreRefused as exc:
-            raise InvalidInput(f"{job.source.uri} cannot be read: {exc}") from exc
-        return wire.located(job, stored.etag)
+        etag = (await find(self._store, job.source)).etag
+        earlier = await self._committer.version(job)
+        if earlier not in {None, etag} and not await self._committer.is_done(job):
+            etag = str(earlier)  # its parts will find that this version is gone, and fail the job by that
+        return wire.located(job, etag)
 
     async def split(self, job: Job) -> list[Job]:
         """The parts of a job: itself, if it needs no more than one. Raises InvalidInput, and JobIdReused.
@@ -46,13 +43,8 @@ class Splitter:
         assert job.source is not None
         split = await self._committer.split(job)
         if split is None:
-            try:
-                stored = await find(self._store, job.source)
-                slices = await cut(self._store, stored, job.source, rows_per_part=self._rows_per_part)
-            except StoreRefused as exc:
-                raise InvalidInput(f"{job.source.uri} cannot be read: {exc}") from exc
-            if len(slices) == 1:
-                return [msgspec.structs.replace(job, part=Part(rows=slices[0].rows))]
+            stored = await find(self._store, job.source)
+            slices = await cut(self._store, stored, job.source, rows_per_part=self._rows_per_part)
             split = await self._committer.commit_split(job, slices)
         return [wire.part_of(job, split, number) for number in range(len(split.parts))]
 
@@ -66,12 +58,16 @@ class Splitter:
         override = parts[0].given.override
         attributes = {} if override is None else {"adapter": override}
         group = delivery.group_id or parts[0].id
-        messages = [
-            Outgoing(wire.encode_part(part), attributes, group) for part in parts if part.place[0] not in done
-        ]
-        await self._queue.send_all(messages)
-        logger.info("job split", extra={"job_id": parts[0].id, "parts": len(parts), "sent": len(messages)})
-        return len(messages)
+        left = [part for part in parts if part.place[0] not in done]
+        for start in range(0, len(left), MAX_BATCH):  # not all at once: each may be as large as the job's
+            await self._queue.send_all(
+                [
+                    Outgoing(wire.encode_part(part), attributes, group)
+                    for part in left[start : start + MAX_BATCH]
+                ]
+            )
+        logger.info("job split", extra={"job_id": parts[0].id, "parts": len(parts), "sent": len(left)})
+        return len(left)
 
     async def forward(self, deliveries: Sequence[Delivery]) -> None:
         """Put several jobs that came in one message on the queue, each by itself."""

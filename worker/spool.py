@@ -9,7 +9,7 @@ from typing import BinaryIO, Self
 
 from worker.jobs import Job, RowResult
 from worker.transport.store import Store, StoredObject
-from worker.wire.output import LineWriter
+from worker.wire.output import EncodedLine, LineWriter
 from worker.wire.results import Tally
 
 _BLOCK_BYTES = 1 << 20
@@ -43,9 +43,14 @@ class Spool:
         """Of the lines so far."""
         return self._writer.tally
 
-    async def add(self, result: RowResult) -> None:
+    def encode(self, result: RowResult) -> EncodedLine:
+        """What `add` takes."""
+        return self._writer.encode(result)
+
+    async def add(self, line: EncodedLine) -> None:
         """One more line. Raises OSError when the disk takes no more."""
-        self._pending += self._writer.line(result)
+        self._writer.add(line)
+        self._pending += line.encoded
         if len(self._pending) >= _BLOCK_BYTES:
             await asyncio.to_thread(self._write)
 

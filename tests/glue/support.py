@@ -142,8 +142,15 @@ class EchoRows:
     def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
         yield Hold(num_bytes)
 
+    def grow(self, hold: Hold, num_bytes: int) -> None:
+        pass
+
     async def run(
-        self, hold: Hold, rows: AsyncIterator[Row], emit: Callable[[RowResult], Awaitable[None]]
+        self,
+        hold: Hold,
+        rows: AsyncIterator[Row],
+        encode: Callable[[RowResult], Any],
+        emit: Callable[[Any], Awaitable[None]],
     ) -> None:
         assert hold.job is not None
         try:
@@ -155,7 +162,7 @@ class EchoRows:
             self.cancelled += 1
             raise
         for row in taken:
-            await emit(echo(row))
+            await emit(encode(echo(row)))
 
 
 def make_runner(bridge: Any, tokenizer: Any, adapters: AdapterDirectory, **options: Any) -> RowRunner:
@@ -173,7 +180,7 @@ async def run_rows(rows: RowRunner, job: Job) -> list[RowResult]:
 
     with rows.hold() as hold:
         hold.take(job)
-        await rows.run(hold, rows_of(job, MemoryStore()), emit)
+        await rows.run(hold, rows_of(job, MemoryStore()), lambda result: result, emit)
     return results
 
 

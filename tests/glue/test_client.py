@@ -109,14 +109,23 @@ def test_of_a_folder_every_file_of_rows_is_a_job(world, tmp_path):
     write(tmp_path / "b.jsonl.gz", ROWS)
     write(tmp_path / "notes.txt", ROWS)
     (tmp_path / "a" / "empty").mkdir()
-    assert send(world, tmp_path) == [("j-a-x-y.jsonl", "a/x y.jsonl"), ("j-b.jsonl.gz", "b.jsonl.gz")]
+    (odd, name), plain = send(world, tmp_path)
+    assert plain == ("j-b.jsonl.gz", "b.jsonl.gz")
+    assert name == "a/x y.jsonl"
+    assert odd.startswith("j-a-x-y.jsonl-"), "what had to be replaced is told apart by a digest"
     asyncio.run(world.handle_all())
-    assert world.manifest("j-a-x-y.jsonl").request_counts.total == 2
+    assert world.manifest(odd).request_counts.total == 2
     assert world.manifest("j-b.jsonl.gz").request_counts.total == 11
     with pytest.raises(InvalidMessage, match="makes the job id"):
         send(world, tmp_path, job_id="j" * 125)
     with pytest.raises(InvalidMessage, match=r"nothing in it ends in \.jsonl or"):
         find_files(str(tmp_path / "a" / "empty"))
+
+
+def test_files_whose_names_differ_are_different_jobs():
+    names = ["a/b.jsonl", "a-b.jsonl", "東京.jsonl", "大阪.jsonl", "ä.jsonl", "ö.jsonl"]
+    assert len({client.named("nightly", name) for name in names}) == len(names)
+    assert client.named("nightly", "a-b.jsonl") == "nightly-a-b.jsonl"
 
 
 def test_objects_are_named_and_not_fetched(world):
@@ -130,7 +139,7 @@ def test_objects_are_named_and_not_fetched(world):
 
     assert asyncio.run(scenario()) == [
         ("all-a.jsonl", "a.jsonl"),
-        ("all-b-c.jsonl.gz", "b/c.jsonl.gz"),
+        (client.named("all", "b/c.jsonl.gz"), "b/c.jsonl.gz"),
         ("one", ""),
     ]
     assert [body["input"]["uri"] for body in bodies(world)] == [

@@ -32,7 +32,7 @@ def results_of(job: Job, text: str | None) -> list[RowResult]:
 async def commit_part(world: World, job: Job, text: str | None = None) -> CommittedPart:
     with Spool(job, base_model="m") as spool:
         for result in results_of(job, text):
-            await spool.add(result)
+            await spool.add(spool.encode(result))
         return (await world.committer.commit_part(job, spool))[0]
 
 

@@ -7,14 +7,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.glue.support import DEAD, PREFIX, Died, World, nothing
+from tests.glue.support import DEAD, PREFIX, Died, World, make_job, nothing
 from tests.glue.test_runner import at
 from worker import wire
-from worker.errors import QueueUnavailable, StoreUnavailable
+from worker.errors import QueueUnavailable, StoreRefused, StoreUnavailable
 from worker.follow import cancel
-from worker.jobs import Output
+from worker.jobs import Output, Row
 from worker.transport.lines import MAX_LINE_BYTES
 from worker.wire.manifest import Status
 
@@ -84,6 +85,7 @@ def test_an_input_of_one_part_is_run_where_it_was_received():
         assert await world.left() == 0
         assert_every_row_once(world, TEXTS[:4], parts=1)
         assert {uri.rpartition("/")[2] for uri in world.store.uris if uri.startswith(PREFIX)} == {
+            "parts.json",
             "results-00000-of-00001.jsonl",
             "manifest.json",
         }
@@ -455,5 +457,184 @@ def test_results_of_a_part_larger_than_memory_go_by_a_file():
         assert [uri.rpartition("/")[2] for uri in world.store.files] == [
             f"results-0000{part}-of-00002.jsonl" for part in range(2)
         ]
+
+    asyncio.run(scenario())
+
+
+def test_another_job_below_this_one_s_tallies_is_not_taken_for_its_parts():
+    async def scenario() -> None:
+        world = World()
+        await put_rows(world)
+        await world.send(body(id="tally-evil", output={"uri": f"{PREFIX}j/"}))
+        await world.handle_all()
+        assert any(uri.startswith(f"{PREFIX}j/tally-evil/tally-00000-of-00003") for uri in world.store.uris)
+        await world.send(body())
+        await world.handle_all()
+        assert_every_row_once(world)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("moment", ["delete?", "head rows.jsonl?", "put parts.json!"])
+def test_a_job_given_up_before_its_parts_ran_is_done_when_it_comes_again(moment):
+    async def scenario() -> None:
+        world = World(max_receive_count=1)
+        await _sent(world)
+        world.watch(at(moment, lambda: StoreUnavailable("down")))
+        assert await world.handle_next()
+        assert world.manifest("j").error.code == "gave_up" if moment != "head rows.jsonl?" else True
+        world.watch(nothing)
+        await world.send(body())
+        await world.handle_all()
+        assert_every_row_once(world)
+        assert not any(uri.startswith(DEAD) for uri in world.store.uris)
+
+    asyncio.run(scenario())
+
+
+def test_a_job_whose_input_is_replaced_between_its_split_and_its_parts_fails_with_a_manifest():
+    async def scenario() -> None:
+        world = World()
+        await _sent(world)
+        world.watch(at("put parts.json!", Died))
+        with pytest.raises(Died):
+            await world.handle_next()
+        world.watch(nothing)
+        await put_rows(world, ["else"] * 11)
+        await world.handle_all()
+        assert world.manifest("j").error.code == "invalid_input"
+        assert await world.left() == 0
+        assert not any(uri.startswith(DEAD) for uri in world.store.uris)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_may_not_read_gives_the_job_back_rather_than_fail_it():
+    """Its credentials may be at fault, and another worker's good."""
+
+    async def scenario() -> None:
+        world = World()
+        await _sent(world)
+        world.watch(at("head rows.jsonl?", lambda: StoreRefused("Unable to locate credentials")))
+        assert await world.handle_next()
+        assert world.counted("released") == 1
+        await world.handle_all()
+        assert_every_row_once(world)
+
+    asyncio.run(scenario())
+
+
+def test_workers_with_other_settings_leave_one_set_of_results():
+    async def scenario() -> None:
+        world = World()
+        world.rows_per_part = 100
+        await _sent(world)
+        world.watch(at("put manifest.json?", Died))
+        with pytest.raises(Died):
+            await world.handle_next()
+        world.watch(nothing)
+        world.rows_per_part = 4
+        await world.handle_all()
+        assert_every_row_once(world, parts=1)
+        assert len(world.rows.computed) == 11
+
+    asyncio.run(scenario())
+
+
+def test_parts_that_nobody_split_never_make_a_job():
+    async def scenario() -> None:
+        world = World()
+        await _sent(world)
+        assert await world.handle_next()
+        parts = [json.loads(one.body) for one in await world.queue.receive(10, 0)]
+        del world.store._objects[f"{PREFIX}j/parts.json"]
+        for part in parts:
+            await world.queue.send(json.dumps(part))
+        await world.handle_all()
+        assert world.manifest("j").error.code == "invalid_input"
+
+    asyncio.run(scenario())
+
+
+def test_a_pointer_leads_nowhere_but_under_the_input_prefixes_and_what_it_leads_to_is_not_told():
+    async def scenario() -> None:
+        world = World()
+        world.limits = msgspec.structs.replace(world.limits, input_prefixes=("s3://in/allowed/",))
+        await world.store.put("s3://in/secret", b"password=hunter2")
+        await world.store.put("s3://in/allowed/body", b"password=hunter3")
+        for key in ("secret", "allowed/body"):
+            pointer = ["x", {"s3BucketName": "in", "s3Key": key}]
+            await world.queue.send(json.dumps(pointer), {"ExtendedPayloadSize": "9"})
+        await world.handle_all()
+        letters = [world.store.text(uri) for uri in world.store.uris if uri.startswith(DEAD)]
+        reasons = {json.loads(letter)["error"]["code"] for letter in letters}
+        assert reasons <= {"forbidden_input", "invalid_message"}
+        assert not any("hunter" in letter for letter in letters)
+
+    asyncio.run(scenario())
+
+
+def test_a_body_larger_than_a_message_may_lie_in_the_store():
+    async def scenario() -> None:
+        world = World()
+        await world.store.put("s3://in/body", json.dumps({"id": "j", "inputs": ["x" * 2_000_000]}).encode())
+        pointer = json.dumps(["x", {"s3BucketName": "in", "s3Key": "body"}])
+        await world.queue.send(pointer, {"ExtendedPayloadSize": "2000000"})
+        await world.handle_all()
+        assert world.manifest("j").status is Status.COMPLETED
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_ours_before_a_message_is_understood_ends_its_lease(monkeypatch):
+    async def scenario() -> None:
+        world = World()
+        await world.send(body())
+        monkeypatch.setattr(wire, "unwrap", lambda *_: 1 / 0)
+        assert await world.handle_next()
+        assert world.counted("released") == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stalls", ["its source", "its first row"])
+def test_a_large_job_that_stalls_lets_the_others_go_on(stalls):
+    async def scenario() -> None:
+        from tests.glue.test_runner import AnsweringBridge, row_runner
+
+        world, never = World(), asyncio.Event()
+
+        class Bridge(AnsweringBridge):
+            async def submit(self, request, adapter=None):
+                if bytes(request.prompt) == b"slow":
+                    await never.wait()
+                return await super().submit(request, adapter)
+
+        rows = row_runner(world, Bridge())
+
+        async def run(texts: list[str], stop_after: int | None = None) -> None:
+            rows_of_job = (Row(index=at, id=str(at), text=text) for at, text in enumerate(texts))
+            job = msgspec.structs.replace(make_job(), rows=tuple(rows_of_job))
+
+            async def source():
+                for row in job.rows:
+                    if row.index == stop_after:
+                        await never.wait()
+                    yield row
+
+            async def emit(_: Any) -> None:
+                await asyncio.sleep(0)
+
+            with rows.hold() as hold:
+                hold.take(job)
+                await rows.run(hold, source(), lambda result: result, emit)
+
+        stuck = run(["x"] * 2000, 3) if stalls == "its source" else run(["slow", *["x"] * 2000])
+        stalled = asyncio.create_task(stuck)
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(run(["y"] * 50), 20)
+        assert not stalled.done()
+        stalled.cancel()
+        await asyncio.gather(stalled, return_exceptions=True)
 
     asyncio.run(scenario())

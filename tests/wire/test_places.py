@@ -117,8 +117,10 @@ def test_where_things_lie():
     assert result_uri(part) == "s3://b/x/j-1/results-00002-of-00003.jsonl"
     assert parts_uri(job.output, "j-1") == "s3://b/x/j-1/parts.json"
     assert tally_uri(part) == "s3://b/x/j-1/tally-00002-of-00003.json"
-    assert part_number(tally_uri(part)) == (2, 3)
-    assert part_number(result_uri(part)) is None
+    assert part_number(tally_uri(part), job.output, "j-1") == (2, 3)
+    assert part_number(result_uri(part), job.output, "j-1") is None
+    evil = "s3://b/x/j-1/tally-evil/tally-00000-of-00003.json"
+    assert part_number(evil, job.output, "j-1") is None, "another job's"
     bedrock = Job(id="j-1", rows=(), output=Output("s3://b/x/", "bedrock"), digest="", created_at=0)
     assert result_uri(bedrock) == "s3://b/x/j-1/results-00000-of-00001.jsonl.out"
     assert summary_uri(bedrock) == "s3://b/x/j-1/manifest.json.out"

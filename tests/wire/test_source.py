@@ -67,6 +67,7 @@ def test_a_packed_object_is_known_by_its_name():
         ({}, "input.uri is null"),
         ({"uri": "s3://in"}, "input.uri is 's3://in'; it must be text of the form s3://bucket/key"),
         ({"uri": "s3:///x"}, "input.uri is"),
+        ({"uri": "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/x/y"}, "input.uri is"),
         ({"uri": "https://in/x"}, "input.uri is"),
         ({"uri": "s3://in/" + "x" * 1025}, "its key may have 1024 bytes"),
         ({"uri": "s3://in/\0"}, "its key may have"),
@@ -95,7 +96,7 @@ def test_rows_are_in_the_message_or_in_the_object():
 
 def test_only_what_lies_under_an_input_prefix_is_read_where_there_are_any():
     assert read_source({"uri": URI}, ["s3://in/"]).uri == URI
-    with pytest.raises(ForbiddenInput, match=r"input\.uri is 's3://in/rows\.jsonl', which is not under"):
+    with pytest.raises(ForbiddenInput, match=r"the input is 's3://in/rows\.jsonl', which is not under"):
         read_source({"uri": URI}, ["s3://in/rows/", "s3://other/"])
 
 

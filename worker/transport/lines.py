@@ -20,6 +20,7 @@ _GZIP = 16 + zlib.MAX_WBITS
 _PIECE_BYTES = 1 << 20
 """What a piece of compressed bytes is unpacked to at a time: some unpack to a thousand times their size."""
 _SLICE_BYTES = 16 << 10
+_LINES_AT_ONCE = 1000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -79,7 +80,9 @@ async def _cut(chunks: AsyncIterable[bytes], offset: int) -> AsyncGenerator[Line
     pending, size, whole = list[bytes](), 0, offset == 0
     async for chunk in chunks:
         *ended, rest = chunk.split(b"\n")
-        for piece in ended:
+        for number, piece in enumerate(ended):
+            if number % _LINES_AT_ONCE == 0:  # a chunk may have a million, and others have heartbeats to send
+                await asyncio.sleep(0)
             length = size + len(piece)
             if whole and length:
                 yield _line(offset, pending, piece, length)
@@ -87,7 +90,6 @@ async def _cut(chunks: AsyncIterable[bytes], offset: int) -> AsyncGenerator[Line
         size += len(rest)
         if whole and rest and size <= MAX_LINE_BYTES:
             pending.append(rest)
-        # A chunk may hold a million lines, or none, and others have heartbeats to send.
         await asyncio.sleep(0)
     if whole and size:
         yield _line(offset, pending, b"", size)

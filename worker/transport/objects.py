@@ -1,5 +1,6 @@
 """What the object store talks about: objects and their URIs."""
 
+import re
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -8,6 +9,8 @@ import msgspec
 from worker.errors import StoreRefused
 
 _SCHEME = "s3://"
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+"""What the SDK takes for a bucket's name and sends as it is; an access point's ARN goes to another host."""
 
 
 class StoredObject(msgspec.Struct, frozen=True):
@@ -40,7 +43,7 @@ def parse_uri(uri: str) -> tuple[str, str]:
     All after the bucket is the key as it is: `?`, `#` and `%` mean nothing in it.
     """
     bucket, _, key = uri.removeprefix(_SCHEME).partition("/")
-    if not uri.startswith(_SCHEME) or not bucket:
+    if not uri.startswith(_SCHEME) or not _BUCKET.fullmatch(bucket):
         raise StoreRefused(f"{uri!r} is not of the form s3://bucket/key")
     return bucket, key
 

@@ -128,7 +128,8 @@ def _created(event: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _version(object_: Mapping[str, Any], version: str, etag: str) -> tuple[str, str]:
-    return str(object_.get(version) or ""), str(object_.get(etag) or "").strip('"')
+    said, tag = (one if isinstance(one, str) else "" for one in (object_.get(version), object_.get(etag)))
+    return said, tag.strip('"')
 
 
 def _text(object_: Mapping[str, Any], name: str) -> str:

@@ -173,7 +173,7 @@ def decode_part_tally(data: bytes) -> CommittedPart:
     """Read it back; fields of later versions are passed over. Raises LoramillError when it is none."""
     try:
         return msgspec.json.decode(data, type=CommittedPart)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LoramillError(f"not the tally of a part: {error}") from error
 
 
@@ -186,5 +186,5 @@ def decode_manifest(data: bytes) -> Manifest:
     """Read a manifest; fields of later versions are passed over. Raises LoramillError when it is none."""
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LoramillError(f"not a manifest: {error}") from error

@@ -37,6 +37,7 @@ def decode(
     now: float,
     input_prefixes: Sequence[str] = (),
     base_models: Collection[str] | None = None,
+    max_bytes: int = MAX_BODY_BYTES,
 ) -> Job:
     """Read a job, or raise InvalidMessage, ForbiddenInput or ForbiddenOutput.
 
@@ -46,7 +47,7 @@ def decode(
     base model, None where nobody knows them. In every optional field null counts as absent.
     """
     try:
-        body = _parse(delivery)
+        body = _parse(delivery, max_bytes)
         _check_names(body)
         job_id = _read_id(body, delivery)
         adapter = adapter_attribute(delivery.attributes)
@@ -109,14 +110,14 @@ def is_job_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and text not in {".", ".."}
 
 
-def _parse(delivery: Delivery) -> dict[str, Any]:
+def _parse(delivery: Delivery, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
     try:
         size = len(delivery.body.encode())
         size += sum(len(name.encode()) + len(value.encode()) for name, value in delivery.attributes.items())
     except UnicodeEncodeError as error:
         raise InvalidMessage("the body or an attribute cannot be written as UTF-8") from error
-    if size > MAX_BODY_BYTES:
-        raise InvalidMessage(f"the message has {size} bytes; it may have {MAX_BODY_BYTES}")
+    if size > max_bytes:
+        raise InvalidMessage(f"the message has {size} bytes; it may have {max_bytes}")
     try:
         body = msgspec.json.decode(delivery.body)
     except msgspec.DecodeError as error:

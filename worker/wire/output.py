@@ -34,6 +34,14 @@ _FORMATS = {
 FORMATS = tuple(_FORMATS)
 
 
+class EncodedLine(NamedTuple):
+    """A line, and what of it counts."""
+
+    counted: Counted
+    encoded: bytes
+    """UTF-8, with its newline."""
+
+
 class LineWriter:
     """The lines of one result file of `job`, and what they add up to so far."""
 
@@ -42,12 +50,28 @@ class LineWriter:
         self._known = {"job_id": job.id, "created": int(job.created_at), "base_model": base_model}
         self._adder = Adder()
 
+    def encode(self, result: RowResult) -> EncodedLine:
+        """A line of the file, which counts once it is `add`ed."""
+        line = self._format.line(result, **self._known)
+        counted = self._format.counted(line)
+        # Of a native line itself, which has the text too, no more is kept than what counts.
+        kept = Counted(
+            adapter=counted.adapter,
+            adapter_version=counted.adapter_version,
+            usage=counted.usage,
+            error=counted.error,
+        )
+        return EncodedLine(kept, encode(line) + b"\n")
+
+    def add(self, line: EncodedLine) -> None:
+        """Have this be the next line."""
+        self._adder.add(*line)
+
     def line(self, result: RowResult) -> bytes:
         """The next line: UTF-8, with its newline."""
-        line = self._format.line(result, **self._known)
-        encoded = encode(line) + b"\n"
-        self._adder.add(self._format.counted(line), encoded)
-        return encoded
+        encoded = self.encode(result)
+        self.add(encoded)
+        return encoded.encoded
 
     @property
     def tally(self) -> Tally:
@@ -81,7 +105,7 @@ class LineReader:
     def _add(self, line: bytes) -> None:
         try:
             counted = self._format.counted(self._format.lines.decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise LoramillError(f"not a result file: {error}") from error
         self._adder.add(counted, line + b"\n")
 

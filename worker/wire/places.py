@@ -10,7 +10,7 @@ from worker.wire.checks import show, unknown
 FORMATS = ("native", "openai", "bedrock")
 # An S3 key has 1024 bytes, of which the job id takes up to 128 and the file's name about 40.
 MAX_PREFIX_BYTES = 850
-_TALLY = re.compile(r"/tally-(\d{5})-of-(\d{5})\.json\Z")
+_NUMBERED = re.compile(r"(\d{5})-of-(\d{5})\.json")
 
 
 def read_output(value: object, output_prefixes: Sequence[str]) -> Output:
@@ -64,9 +64,12 @@ def tallies_uri(output: Output, job_id: str) -> str:
     return job_prefix(output, job_id) + "tally-"
 
 
-def part_number(uri: str) -> tuple[int, int] | None:
-    """The number of the part, from 0, and of how many, that a tally's URI speaks of; None for another's."""
-    found = _TALLY.search(uri)
+def part_number(uri: str, output: Output, job_id: str) -> tuple[int, int] | None:
+    """The number of the part, from 0, and of how many, that a tally of this job speaks of.
+
+    None for anything else: below what tallies begin with may lie other jobs.
+    """
+    found = _NUMBERED.fullmatch(uri.removeprefix(tallies_uri(output, job_id)))
     return None if found is None else (int(found[1]), int(found[2]))
 
 

@@ -1,5 +1,6 @@
 """The `input` of a message, and which part of it the message is about."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import msgspec
 from worker.errors import ForbiddenInput, InvalidMessage
 from worker.jobs import Job, Output, Part, Source
 from worker.wire.checks import show, unknown
-from worker.wire.enqueue import encode_fields
+from worker.wire.enqueue import MAX_BODY_BYTES, encode_fields
 from worker.wire.lines import FORMATS
 from worker.wire.split import Slice, Split
 
@@ -17,6 +18,7 @@ PART_FIELDS = frozenset({"part", "parts", "digest", "created_at"})
 """Fields of a part's message, which a worker writes and no sender needs."""
 MAX_PARTS = 99_999
 _MAX_KEY_BYTES = 1024
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _MAX_NUMBER = 1 << 62
 
 
@@ -31,8 +33,7 @@ def read_source(value: object, input_prefixes: Sequence[str]) -> Source:
         raise InvalidMessage(f"input: {stranger}")
     start, stop = _read_range(fields.get("range"))
     uri = _read_uri(fields.get("uri"))
-    if input_prefixes and not any(uri.startswith(prefix) for prefix in input_prefixes):
-        raise ForbiddenInput(f"input.uri is {show(uri)}, which is not under the worker's input prefixes")
+    check_input(uri, input_prefixes)
     return Source(
         uri=uri,
         etag=_read_etag(fields.get("etag")),
@@ -40,6 +41,12 @@ def read_source(value: object, input_prefixes: Sequence[str]) -> Source:
         start=start,
         stop=stop,
     )
+
+
+def check_input(uri: str, input_prefixes: Sequence[str]) -> None:
+    """Raise ForbiddenInput for what lies under none of the prefixes, where there are any."""
+    if input_prefixes and not any(uri.startswith(prefix) for prefix in input_prefixes):
+        raise ForbiddenInput(f"the input is {show(uri)}, which is not under the worker's input prefixes")
 
 
 def read_part(body: Mapping[str, Any]) -> Part | None:
@@ -89,20 +96,25 @@ def encode_part(job: Job) -> str:
     """
     assert job.source is not None
     assert job.part is not None
-    return encode_fields(
+    body = encode_fields(
         id=job.id,
         input=encode_source(job.source, job.part),
         adapters=job.given.adapter,
         parameters=job.given.parameters,
         task=job.given.task.value,
         output=_encode_output(job.output),
-        ttl_seconds=None if job.expires_at is None else job.expires_at - job.created_at,
+        # A difference of floats may be 0, which is no time to live.
+        ttl_seconds=None if job.expires_at is None else max(1e-3, job.expires_at - job.created_at),
         metadata=job.metadata or None,
         part=job.part.number,
         parts=job.part.count,
         digest=job.digest,
         created_at=job.created_at,
     )
+    size = len(body.encode()) + len(f"adapterString{job.given.override or ''}".encode())
+    if size > MAX_BODY_BYTES:
+        raise InvalidMessage(f"the message of a part would have {size} bytes; it may have {MAX_BODY_BYTES}")
+    return body
 
 
 def _encode_output(output: Output) -> dict[str, str]:
@@ -117,7 +129,12 @@ def _object(value: object) -> Mapping[str, Any]:
 
 def _read_uri(value: object) -> str:
     bucket, _, key = value.removeprefix("s3://").partition("/") if isinstance(value, str) else ("", "", "")
-    if not isinstance(value, str) or not value.startswith("s3://") or not bucket or not key:
+    if (
+        not isinstance(value, str)
+        or not value.startswith("s3://")
+        or not _BUCKET.fullmatch(bucket)
+        or not key
+    ):
         raise InvalidMessage(f"input.uri is {show(value)}; it must be text of the form s3://bucket/key")
     if "\0" in value or len(key.encode("utf-8", "surrogatepass")) > _MAX_KEY_BYTES:
         raise InvalidMessage(

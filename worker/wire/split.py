@@ -42,5 +42,5 @@ def decode_split(data: bytes) -> Split:
     """Read it back; fields of later versions are passed over. Raises LoramillError when it is none."""
     try:
         return msgspec.json.decode(data, type=Split)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LoramillError(f"not the parts of a job: {error}") from error
