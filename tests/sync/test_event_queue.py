@@ -1,4 +1,4 @@
-"""The queue of S3 events: SQS on a server, and the one in memory by the same rules."""
+"""The queue of S3 events: SQS by two servers, and the one in memory by the same rules."""
 
 import asyncio
 import time
@@ -7,20 +7,28 @@ import pytest
 
 from adapters_sync.errors import QueueUnavailable, SettingsError
 from adapters_sync.event_queue import MAX_POLL_SECONDS, EventMessage, connect_queue
+from tests.sync import servers
 from tests.sync.builders import FakeTime
 from tests.sync.memory_queue import MemoryQueue
 
+SERVERS = ("moto", pytest.param("ministack", marks=servers.NEEDS_MINISTACK))
 
-@pytest.fixture(params=["memory", "moto"])
-def with_queue(request):
+
+@pytest.fixture(params=SERVERS)
+def event_queue(request, make_event_queue):
+    return make_event_queue(request.param)
+
+
+@pytest.fixture(params=["memory", *SERVERS])
+def with_queue(request, make_event_queue):
     """Run some work with a queue and the way to send to it."""
+    server = None if request.param == "memory" else make_event_queue(request.param)
 
     def run(work):
         async def main():
-            if request.param == "memory":
+            if server is None:
                 queue = MemoryQueue(FakeTime())
                 return await work(queue, queue.send)
-            server = request.getfixturevalue("event_queue")
             async with connect_queue(server.url) as queue:
                 return await work(queue, server.send)
 

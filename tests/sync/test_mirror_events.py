@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from adapters_sync import pace, reconcile
 from adapters_sync.events import EventOutcome
 from adapters_sync.layout import AdapterState, resolve, scan
 from adapters_sync.options import Clock, MirrorOptions
@@ -20,7 +21,10 @@ PATIENCE_SECONDS = 60
 
 
 @pytest.fixture
-def s3(make_bucket, tmp_path):
+def s3(make_bucket, tmp_path, monkeypatch):
+    """A server's, and a mirror that rests less between its passes."""
+    monkeypatch.setattr(pace, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(reconcile, "LEAST_SECONDS", 0.1)
     return World(make_bucket("moto"), tmp_path)
 
 
@@ -83,7 +87,7 @@ def test_an_upload_and_its_removal_are_seen_at_once_whatever_way_events_come(s3,
         (always, lambda: s3.bucket.put_adapter("sql")),
         (served(s3, "sql"), lambda: s3.bucket.remove_adapter("sql")),
         (lambda: not served(s3, "sql")(), nothing),
-        settle_seconds=1,
+        settle_seconds=0.3,
     )
     assert run.outcomes[EventOutcome.HINT] >= 2
     assert run.outcomes[EventOutcome.UNREADABLE] == 0
@@ -97,7 +101,7 @@ def test_a_plain_upload_is_served_after_the_settle_time(s3, event_queue):
         for path, data in adapter_files().items():
             s3.bucket.put(f"sql/{path}", data)
 
-    run = at_work(s3, event_queue.url, (always, upload), (served(s3, "sql"), nothing), settle_seconds=2)
+    run = at_work(s3, event_queue.url, (always, upload), (served(s3, "sql"), nothing), settle_seconds=1)
     states = [one.state for report in run.passes for one in report.adapters]
     assert states[-1] is AdapterState.READY
     assert set(states[:-1]) == {AdapterState.PENDING}

@@ -1,4 +1,4 @@
-"""One moto server for all tests here, and worlds in which the contract tests run."""
+"""Servers for all tests here, and worlds in which the contract tests run."""
 
 import asyncio
 import itertools
@@ -50,18 +50,37 @@ def seaweedfs_endpoint() -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="session")
+def ministack_endpoint() -> Iterator[str]:
+    with servers.ministack() as address:
+        yield address
+
+
 @pytest.fixture
-def real_s3(seaweedfs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The environment of a worker that talks to SeaweedFS."""
+def server_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the next two have in common."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     for name, value in {
         "AWS_ACCESS_KEY_ID": servers.KEY,
         "AWS_SECRET_ACCESS_KEY": servers.SECRET,
         "AWS_DEFAULT_REGION": servers.REGION,
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL_S3": seaweedfs_endpoint,
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def real_s3(seaweedfs_endpoint: str, server_keys: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a worker that talks to SeaweedFS."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", seaweedfs_endpoint)
     return seaweedfs_endpoint
+
+
+@pytest.fixture
+def second_sqs(ministack_endpoint: str, server_keys: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a worker that talks to ministack."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", ministack_endpoint)
+    return ministack_endpoint
 
 
 @dataclass
@@ -120,22 +139,11 @@ class QueueRunner:
             await scenario(QueueWorld(queue, SqsQueue(clients, dead_url), asyncio.sleep, new_fifo))
 
 
-@pytest.fixture(params=["memory", "moto"])
+@pytest.fixture(params=["memory", "moto", pytest.param("ministack", marks=servers.NEEDS_MINISTACK)])
 def run_queue(request: pytest.FixtureRequest) -> QueueRunner:
-    if request.param == "moto":
-        request.getfixturevalue("aws")
+    if request.param != "memory":
+        request.getfixturevalue("aws" if request.param == "moto" else "second_sqs")
     return QueueRunner(request.param)
-
-
-@pytest.fixture
-def run_memory_queue() -> QueueRunner:
-    """For rules of SQS that moto does not obey; each test says which."""
-    return QueueRunner("memory")
-
-
-@pytest.fixture
-def run_moto_queue(aws: str) -> QueueRunner:
-    return QueueRunner("moto")
 
 
 @dataclass

@@ -89,7 +89,7 @@ def play(scenario, visibility: int = VISIBILITY) -> None:
         stats = world.keeper.stats
         assert stats.opened == stats.acked + stats.released + stats.lost, "every lease ends exactly once"
 
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_open_lease_outlives_many_visibility_timeouts():
