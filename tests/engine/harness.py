@@ -9,6 +9,7 @@ from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
+from worker.engine.kv_cache import Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.model_runner import CacheShape, ModelRunner
@@ -54,10 +55,19 @@ class Harness:
             kernels=kernels,
             tuner=tuner,
         )
+        self._limits = limits
+        self._options = {
+            "prefix_reuse": prefix_reuse,
+            "look_ahead": device != "cpu" if look_ahead is None else look_ahead,
+        }
+        self._start()
+
+    def _start(self) -> None:
+        limits = self._limits
         self.store = LoRAStore(
             AdapterLoader(
                 self.runner.targets,
-                max_lora_rank=max_lora_rank,
+                max_lora_rank=limits.max_lora_rank,
                 dtype=limits.lora_dtype,
                 pin=self.base.device.type == "cuda",
             ),
@@ -69,13 +79,22 @@ class Harness:
             self.store.weights,
             eos_token_ids=self.base.eos_token_ids,
             max_model_len=self.base.max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_loras=max_loras,
-            prefix_reuse=prefix_reuse,
-            look_ahead=device != "cpu" if look_ahead is None else look_ahead,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_loras=limits.max_loras,
+            **self._options,
         )
         self.stats: list[StepStats] = []
+
+    def renew(self) -> "Harness":
+        """Begin anew, on the CPU: model, cache and slots stay, but empty, and the rest is made again."""
+        self.base.model.get_input_embeddings()._forward_hooks.clear()
+        for slot in range(self._limits.max_loras):
+            self.runner._executor.lora.clear(slot)
+        blocks, size = self.runner.cache_shape
+        self.runner.scrub(Leftover(block, 0, size) for block in range(blocks))
+        self._start()
+        return self
 
     def adapter(self, folder: Path, version: str = "1") -> AdapterKey:
         key = AdapterKey(folder.name, version)

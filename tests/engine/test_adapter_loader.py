@@ -530,9 +530,9 @@ def test_scaling_is_folded_in_before_the_one_cast(stored, dtype, folder, targets
     ],
 )
 def test_pattern_that_would_never_end_is_refused(change, folder, targets, monkeypatch):
-    monkeypatch.setattr("worker.engine.adapter_config._MATCHING_SECONDS", 1.0)
+    monkeypatch.setattr("worker.engine.adapter_config._MATCHING_SECONDS", 0.25)
     change_config(folder, **change)
-    assert "takes more than 1 seconds to match" in refusal(folder, targets)
+    assert "takes more than 0.25 seconds to match" in refusal(folder, targets)
 
 
 @pytest.mark.parametrize(

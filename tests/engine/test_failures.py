@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.engine.harness import Harness
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_plan import Way
@@ -28,8 +27,8 @@ def tokens(completions):
 
 
 @pytest.fixture
-def harness(llama):
-    return Harness(llama, max_num_seqs=8)
+def harness(llama, make_harness):
+    return make_harness(llama, max_num_seqs=8)
 
 
 @pytest.fixture
@@ -85,8 +84,8 @@ def test_forward_that_raises_fails_the_row_that_made_it_raise(place, harness, ho
     assert_free(harness)
 
 
-def test_row_that_raises_in_the_middle_of_its_prompt_fails_alone(llama):
-    small = Harness(llama, max_num_seqs=4, max_num_batched_tokens=8)
+def test_row_that_raises_in_the_middle_of_its_prompt_fails_alone(llama, make_harness):
+    small = make_harness(llama, max_num_seqs=4, max_num_batched_tokens=8)
     expected = tokens(small.run(healthy()))
     small.base.model.get_input_embeddings().register_forward_hook(
         lambda _m, args, out: raise_on_poison(args[0][0], out)
@@ -148,8 +147,8 @@ def test_row_whose_output_is_not_finite_fails_alone(place, harness, hook, adapte
     assert_free(harness)
 
 
-def test_cache_is_clean_for_the_next_row_after_one_that_was_not_finite(llama):
-    harness = Harness(llama, max_num_seqs=1)
+def test_cache_is_clean_for_the_next_row_after_one_that_was_not_finite(llama, make_harness):
+    harness = make_harness(llama, max_num_seqs=1)
     expected = tokens(harness.run(healthy()))
     handle = harness.base.model.get_input_embeddings().register_forward_hook(
         lambda _m, args, out: nan_on_poison(args[0][0], out[0])
@@ -160,9 +159,9 @@ def test_cache_is_clean_for_the_next_row_after_one_that_was_not_finite(llama):
 
 
 @pytest.mark.parametrize("leave", ["abort", "preempt", "raise"])
-def test_cache_is_clean_after_a_row_that_left_in_the_middle_of_its_prompt(leave, llama):
+def test_cache_is_clean_after_a_row_that_left_in_the_middle_of_its_prompt(leave, llama, make_harness):
     """Before its end nobody has to have looked at its logits."""
-    harness = Harness(llama, max_num_seqs=1, max_num_batched_tokens=8)
+    harness = make_harness(llama, max_num_seqs=1, max_num_batched_tokens=8)
     engine = harness.engine
     expected = tokens(harness.run(healthy()))
     embedding = harness.base.model.get_input_embeddings()
@@ -206,9 +205,9 @@ def give(harness, name, a, b=1.0):
 
 @pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize(("dtype", "large"), [("float32", 3e38), ("bfloat16", 3e38), ("float16", 6e4)])
-def test_adapter_that_overflows_fails_its_own_rows_only(dtype, large, way, llama, monkeypatch):
+def test_adapter_that_overflows_fails_its_own_rows_only(dtype, large, way, llama, make_harness, monkeypatch):
     monkeypatch.setattr(lora_layers, "cheapest", lambda *_: way)
-    harness = Harness(llama, max_num_seqs=8, dtype=dtype)
+    harness = make_harness(llama, max_num_seqs=8, dtype=dtype)
     mild, milder = give(harness, "mild", 0.01), give(harness, "milder", -0.02)
     huge = give(harness, "huge", large, large)
     expected = tokens(harness.run(healthy([None, mild, milder])))

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-from tests.engine.harness import Harness
 from worker.engine.model_runner import CacheShape
 from worker.errors import EngineFailed
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
@@ -30,10 +29,10 @@ def told(completions):
     return {name: (done.token_ids, done.text, done.finish_reason) for name, done in completions.items()}
 
 
-def both(llama, adapters, shape, rows):
+def both(make_harness, llama, adapters, shape, rows):
     answers = []
     for look_ahead in (False, True):
-        harness = Harness(
+        harness = make_harness(
             llama, max_num_seqs=6, max_num_batched_tokens=24, cache_shape=shape, look_ahead=look_ahead
         )
         harness.engine._scheduler.lengths.ratio = 0.0  # rows are let in that will not all fit
@@ -47,8 +46,8 @@ def both(llama, adapters, shape, rows):
 
 
 @pytest.mark.parametrize("shape", [OWN, SHARED, TIGHT], ids=["own", "shared", "preempting"])
-def test_rows_are_the_same_as_step_by_step(llama, adapters, shape):
-    stats = both(llama, adapters, shape, lambda keys: requests(keys, max_new_tokens=20))
+def test_rows_are_the_same_as_step_by_step(llama, make_harness, adapters, shape):
+    stats = both(make_harness, llama, adapters, shape, lambda keys: requests(keys, max_new_tokens=20))
     if shape is TIGHT:
         assert all(own.preempted > 0 for own in stats)
 
@@ -62,13 +61,13 @@ def test_rows_are_the_same_as_step_by_step(llama, adapters, shape):
         {"min_new_tokens": 3},
     ],
 )
-def test_what_depends_on_earlier_tokens_is_the_same(llama, adapters, params):
-    both(llama, adapters, SHARED, lambda keys: requests(keys, **params))
+def test_what_depends_on_earlier_tokens_is_the_same(llama, make_harness, adapters, params):
+    both(make_harness, llama, adapters, SHARED, lambda keys: requests(keys, **params))
 
 
-def test_row_that_ends_early_leaves_no_trace(llama, adapters):
+def test_row_that_ends_early_leaves_no_trace(llama, make_harness, adapters):
     """Its next token is under way when its end is found out."""
-    harness = Harness(llama, look_ahead=True)
+    harness = make_harness(llama, look_ahead=True)
     plain = harness.run(requests([None], ignore_eos=True, max_new_tokens=12))
     text = plain["row3"].text[4:8]
     stops = [
@@ -87,9 +86,9 @@ def test_row_that_ends_early_leaves_no_trace(llama, adapters):
     assert not harness.engine.has_work
 
 
-def test_only_tokens_that_rows_got_are_counted(llama):
+def test_only_tokens_that_rows_got_are_counted(llama, make_harness):
     """Not what was under way for rows that had ended, or failed, when it came."""
-    harness = Harness(llama, look_ahead=True)
+    harness = make_harness(llama, look_ahead=True)
     plain = harness.run(requests([None], ignore_eos=True, max_new_tokens=12))
     assert sum(stats.generated_tokens for stats in harness.stats) == 18 * 12
     harness.stats.clear()
@@ -117,8 +116,8 @@ def test_only_tokens_that_rows_got_are_counted(llama):
     assert sum(stats.generated_tokens for stats in harness.stats) == got
 
 
-def test_aborted_row_under_way_is_forgotten(llama):
-    harness = Harness(llama, look_ahead=True)
+def test_aborted_row_under_way_is_forgotten(llama, make_harness):
+    harness = make_harness(llama, look_ahead=True)
     expected = told(harness.run(requests([None])))
     for row in requests([None]):
         harness.engine.add(row)
@@ -136,8 +135,8 @@ def test_aborted_row_under_way_is_forgotten(llama):
     assert told(done) == expected
 
 
-def test_step_that_cannot_be_launched_fails_its_row_only(llama):
-    harness = Harness(llama, look_ahead=True)
+def test_step_that_cannot_be_launched_fails_its_row_only(llama, make_harness):
+    harness = make_harness(llama, look_ahead=True)
     rows = requests([None], ignore_eos=True)
     plain = harness.run(rows)
     expected = told(plain)
@@ -159,8 +158,8 @@ def test_step_that_cannot_be_launched_fails_its_row_only(llama):
     assert told(done) == expected
 
 
-def test_device_that_fails_under_way_ends_the_engine(llama, monkeypatch):
-    harness = Harness(llama, look_ahead=True)
+def test_device_that_fails_under_way_ends_the_engine(llama, make_harness, monkeypatch):
+    harness = make_harness(llama, look_ahead=True)
 
     def fail(_launched):
         raise torch.AcceleratorError("lost")

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 
@@ -11,66 +10,48 @@ from tests.engine.harness import Harness
 from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
+NEW = 14
+EOS = 256
+
 
 def _prompts(count: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(rng.choice([1, 2, 3, 5, 9, 17, 40]))] for _ in range(count)]
 
 
-def _adapters(folder: Path, base: Path, architecture: str) -> list[Path]:
-    """Ranks, scalings, patterns, targets and layers that differ from one another."""
-    every = tiny.ARCHITECTURES[architecture][2]
-    shapes = [
-        {"r": 4, "lora_alpha": 8, "target_modules": every[:2]},
-        {"r": 8, "lora_alpha": 4, "target_modules": every, "use_rslora": True},
-        {"r": 2, "lora_alpha": 16, "target_modules": "all-linear", "layers_to_transform": None},
-        {"r": 3, "lora_alpha": 6, "target_modules": every, "layers_to_transform": [0, 2]},
-        {
-            "r": 5,
-            "lora_alpha": 5,
-            "target_modules": every,
-            "rank_pattern": {every[0]: 7, rf".*\.1\..*{every[-1]}": 1},
-            "alpha_pattern": {every[1]: 21},
-        },
-        {"r": 6, "lora_alpha": 12, "target_modules": rf".*\.[01]\..*\.({every[0]}|{every[-1]})"},
-    ]
-    fan = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
-    return [
-        tiny.make_adapter(folder / f"adapter{i}", base, seed=i + 1, **shape, **fan)
-        for i, shape in enumerate(shapes)
-    ]
-
-
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_mixed_batch_equals_peft_token_for_token(architecture: str, tmp_path: Path) -> None:
-    base = tiny.make_base(tmp_path / "base", architecture)
-    folders = [None, *_adapters(tmp_path, base, architecture)]
-    prompts = _prompts(3)
-    expected = {
-        (index, row): tokens
-        for index, folder in enumerate(folders)
-        for row, tokens in enumerate(tiny.peft_generate(base, folder, prompts, 14))
-    }
-    for row in range(len(prompts)):
-        answers = {tuple(expected[index, row]) for index in range(len(folders))}
-        assert len(answers) > len(folders) // 2, "the adapters do not differ enough to tell"
-
-    harness = Harness(base, max_num_seqs=6, max_loras=3, max_num_batched_tokens=48)
-    keys = [None if folder is None else harness.adapter(folder) for folder in folders]
-    order = list(itertools.product(range(len(folders)), range(len(prompts))))
+def test_mixed_batch_equals_peft_token_for_token(architecture, kind, make_harness):
+    model, prompts = kind(architecture), _prompts(3)
+    harness = make_harness(model.base, max_num_seqs=6, max_loras=3, max_num_batched_tokens=24)
+    keys = [None, *map(harness.adapter, model.adapters)]
+    order = list(itertools.product(range(len(keys)), range(len(prompts))))
     random.Random(1).shuffle(order)
     completions = harness.run(
         InferenceRequest(
             id=f"{index}/{row}",
             prompt=tuple(prompts[row]),
             adapter=keys[index],
-            params=SamplingParams(max_new_tokens=14),
+            params=SamplingParams(max_new_tokens=NEW),
         )
         for index, row in order
     )
     assert max(stats.adapters for stats in harness.stats) == 3
-    for (index, row), tokens in expected.items():
-        assert list(completions[f"{index}/{row}"].token_ids) == tokens, (folders[index], row)
+    for row, prompt in enumerate(prompts):
+        answers = [list(completions[f"{index}/{row}"].token_ids) for index in range(len(keys))]
+        for index, answer in enumerate(answers):
+            assert answer == model.greedy(index - 1 if index else None, prompt, answer), (index, row)
+            assert len(answer) == NEW or answer[-1] == EOS
+            assert EOS not in answer[:-1]
+        distinct = {tuple(answer) for answer in answers}
+        assert len(distinct) > len(keys) // 2, "the adapters do not differ enough to tell"
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "mistral"])
+def generated(request, kind):
+    """A model, an adapter of it, prompts, and what PEFT's own `generate` makes of them."""
+    model, prompts = kind(request.param), _prompts(9, seed=3)
+    folder = model.adapters[1]
+    return model.base, folder, prompts, tiny.peft_generate(model.base, folder, prompts, 20)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +59,8 @@ def test_mixed_batch_equals_peft_token_for_token(architecture: str, tmp_path: Pa
     [CacheShape(6, 160), CacheShape(60, 16), CacheShape(25, 8), CacheShape(40, 4)],
     ids=["slots", "paged", "preempting", "small-blocks"],
 )
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral"])
-def test_text_is_the_same_whatever_the_cache_and_the_chunks(
-    architecture: str, shape: CacheShape, tmp_path: Path
-) -> None:
-    base = tiny.make_base(tmp_path / "base", architecture)
-    folder = tiny.make_adapter(tmp_path / "a", base, r=4, target_modules=tiny.ATTENTION)
-    prompts = _prompts(9, seed=3)
-    expected = tiny.peft_generate(base, folder, prompts, 20)
+def test_text_is_the_same_whatever_the_cache_and_the_chunks(shape, generated):
+    base, folder, prompts, expected = generated
     harness = Harness(base, max_num_seqs=6, max_num_batched_tokens=11, cache_shape=shape)
     harness.engine._scheduler.lengths.ratio = 0.0  # nobody is expected to grow
     key = harness.adapter(folder)

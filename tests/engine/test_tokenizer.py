@@ -1,5 +1,6 @@
 """Text <-> token ids, with a byte-level tokenizer and one that spells spaces inside its words."""
 
+import re
 import threading
 
 import pytest
@@ -22,9 +23,7 @@ HARD = "e\u0301 \U0001f469\u200d\U0001f4bb\u00df\ufeff\u4e2d \u202e\x00\n\t  \U0
 def metaspace() -> Tokenizer:
     """Like Llama 2's: spaces are part of words, unknown characters fall back to bytes."""
     words = ["▁", "▁the", "▁cat", "cat", "s", "▁a", "t", "h", "e", "a", "c", "▁▁"]
-    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
-    for word in words:
-        vocab[word] = len(vocab)
+    vocab = {token: number for number, token in enumerate(["<s>", "</s>", "<unk>", *BYTE_TOKENS, *words])}
     merges = [
         ("▁", "▁"),
         ("t", "h"),
@@ -39,14 +38,32 @@ def metaspace() -> Tokenizer:
         vocab.setdefault(left + right, len(vocab))
     inner = Inner(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    inner.decoder = llama_decoder()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     return Tokenizer(fast)
 
 
-BYTES, WORDS = Tokenizer(tiny.tokenizer()), metaspace()
+def llama_decoder():
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+
+
+def unigram() -> Tokenizer:
+    """As `metaspace`, but `transformers` would tidy away a space before a full stop."""
+    pieces = ["</s>", "<unk>", "▁", "▁honey", "▁bee", "s", "▁.", ".", "a", "▁a", *BYTE_TOKENS]
+    scores = [(piece, -float(number)) for number, piece in enumerate(pieces)]
+    inner = Inner(models.Unigram(scores, unk_id=1, byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    inner.decoder = llama_decoder()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    return Tokenizer(fast)
+
+
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTES, WORDS, PIECES = Tokenizer(tiny.tokenizer()), metaspace(), unigram()
 BOTH = pytest.mark.parametrize("tokenizer", [BYTES, WORDS], ids=["bytes", "words"])
 
 
@@ -128,6 +145,54 @@ def test_stream_of_any_tokens_after_whole_characters_is_the_whole_decode(prompt,
     whole, streamed = BYTES.continuation(prompt, generated), stream_text(BYTES, prompt, generated)
     assert whole.startswith(streamed)
     assert set(whole[len(streamed) :]) <= {"\ufffd"}, "only what may become a character is held back"
+
+
+plain_texts = st.lists(
+    st.sampled_from(["the", "cat", "cats", "honey", "bees", "a", "Oh", ".", "é\U0001f600", ""]), min_size=1
+).map(" ".join)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WORDS, PIECES], ids=["bytes", "words", "pieces"])
+@given(before=plain_texts.filter(bool), after=plain_texts)
+@example(before="a", after=" honey bees .")
+@settings(max_examples=50, deadline=None)
+def test_texts_of_the_tokens_make_up_the_text(tokenizer, before, after):
+    tokens = tokenizer.encode(before + after)
+    cut = len(tokenizer.encode(before))
+    assume(tokens[:cut] == tokenizer.encode(before))  # else the border lies inside a token
+    spelled = [tokenizer.decode_one(token) for token in tokens]
+    whole, added = tokenizer.decode(tokens), tokenizer.continuation(tokens[:cut], tokens[cut:])
+    first = 0 if tokenizer is BYTES else 1  # the space that is put before a text, and not decoded
+    assert_spells("".join(spelled)[first:], whole)
+    assert_spells("".join(spelled[cut:]), added)
+
+
+def assert_spells(joined, text):
+    """Where a character has several tokens, each of them is U+FFFD."""
+    assert re.sub("\ufffd+", "?", joined) == re.sub(r"[^\x00-\x7f]+", "?", text)
+
+
+def test_word_keeps_its_space_when_it_stands_alone():
+    space_honey, space_stop = PIECES.encode("a honey .")[-2:]
+    assert [PIECES.decode_one(token) for token in (space_honey, space_stop)] == [" honey", " ."]
+    assert PIECES.decode([space_honey]) == "honey"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WORDS, PIECES], ids=["bytes", "words", "pieces"])
+def test_part_of_a_character_is_a_replacement_character(tokenizer):
+    assert [tokenizer.decode_one(token) for token in tokenizer.encode("a\U0001f600")[-4:]] == ["\ufffd"] * 4
+
+
+def test_special_tokens_are_spelled_as_they_are():
+    assert [WORDS.decode_one(token) for token in (0, 1)] == ["<s>", "</s>"]
+    assert [PIECES.decode_one(token) for token in (0, 1)] == ["</s>", "<unk>"]
+
+
+def test_special_token_gets_no_space_where_words_have_theirs_from_the_decoder():
+    inner = Inner(models.WordPiece({"[SEP]": 0, "[UNK]": 1, "a": 2, "bee": 3, "##s": 4}, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, sep_token="[SEP]"))
+    assert [tokenizer.decode_one(token) for token in (3, 4, 0)] == [" bee", "s", "[SEP]"]
 
 
 def test_character_that_begins_in_the_prompt_is_not_lost():

@@ -11,20 +11,20 @@ _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 22
 least those of one position."""
 
 
-def prompt_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The log-probability of each of `targets` int64 [t] under `logits` [t, vocabulary]: float32 [t].
+def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The log-probability of each of `tokens` int64 [t] under `logits` [t, vocabulary]: float32 [t].
 
-    `targets[i]` is the token that follows the position of `logits[i]`. Any floating type, computed in
-    float32. Beside its result it needs at most 32 MiB of the device's memory, or twice the size of one
-    float32 row of `logits` where that is more. Never waits for the device.
+    `tokens[i]` is the token that follows the position of `logits[i]`, chosen by whatever rule. Any floating
+    type, computed in float32. Beside its result it needs at most 32 MiB of the device's memory, or twice the
+    size of one float32 row of `logits` where that is more. Never waits for the device.
     """
     at_once = _at_once(logits)
-    slices = zip(torch.split(logits, at_once), torch.split(targets, at_once), strict=True)
-    return torch.cat([_of(own, tokens) for own, tokens in slices])
+    slices = zip(torch.split(logits, at_once), torch.split(tokens, at_once), strict=True)
+    return torch.cat([_of(own, chosen) for own, chosen in slices])
 
 
 def score_targets(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `prompt_log_probs`, and whether each target is the token that a greedy row would take: bool [t]."""
+    """As `token_log_probs`, and whether each target is the token that a greedy row would take: bool [t]."""
     log_probs, found = [], []
     at_once = _at_once(logits)
     for own, tokens in zip(torch.split(logits, at_once), torch.split(targets, at_once), strict=True):
@@ -36,7 +36,7 @@ def score_targets(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
 def likely_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's `count` likeliest tokens and their log-probabilities: int64 and float32 [rows, count].
 
-    logits [rows, vocabulary]. Memory as for `prompt_log_probs`.
+    logits [rows, vocabulary]. Memory as for `token_log_probs`.
     """
     tokens, found = [], []
     for own in torch.split(logits, _at_once(logits)):

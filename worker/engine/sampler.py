@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from worker.engine.draws import Draws, draw, likeliest, plan_draws
-from worker.engine.log_probs import likely_tokens, prompt_log_probs
+from worker.engine.log_probs import likely_tokens, token_log_probs
 from worker.engine.logit_changes import (
     Allowed,
     Changes,
@@ -135,7 +135,7 @@ def choose(logits: torch.Tensor, plan: SamplingPlan, latest: torch.Tensor | None
     if any(plan.told.top_n):
         # Always as many, so that a row's neighbours cannot change which of equals it gets.
         top_tokens, top_log_probs = likely_tokens(own, min(MAX_TOP_N_TOKENS, own.shape[1]))
-    return Sampled(tokens, finite, prompt_log_probs(own, chosen), top_tokens, top_log_probs, plan.told)
+    return Sampled(tokens, finite, token_log_probs(own, chosen), top_tokens, top_log_probs, plan.told)
 
 
 def _is_plain(params: SamplingParams) -> bool:

@@ -21,6 +21,12 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # fast tokenizers raise "Already borrowed" on concurrent encoding
+        self._special = frozenset(
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        )
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)
+        """A plain text to decode a token behind, for those that lose their space where a text begins."""
+        self._anchor_text = self._spell(self._anchor)
 
     def encode(self, text: str) -> tuple[int, ...]:
         with self._lock:
@@ -68,8 +74,16 @@ class Tokenizer:
         return str(text)
 
     def decode_one(self, token: int) -> str:
-        """The text of one token by itself, special tokens spelled out."""
-        return str(self._tokenizer.decode([token]))
+        """The text of one token as it stands within a text, special tokens spelled out.
+
+        The texts of successive tokens make up their text. A token that is a part of a character has U+FFFD,
+        and what begins a text keeps the space that some tokenizers put there and do not decode.
+        """
+        if token not in self._special:
+            whole = self._spell([*self._anchor, token])
+            if whole.startswith(self._anchor_text):
+                return whole[len(self._anchor_text) :]
+        return self._spell([token])
 
     def context(self, prompt: Sequence[int]) -> list[int]:
         """The prompt's last tokens, as many as it takes to begin and end between characters."""
@@ -84,6 +98,10 @@ class Tokenizer:
         context = self.context(prompt)
         before, whole = self.decode(context), self.decode([*context, *generated])
         return whole[len(before) :] if whole.startswith(before) else self.decode(generated)
+
+    def _spell(self, tokens: list[int]) -> str:
+        """Text of `tokens` with the special ones."""
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 class TextStream:

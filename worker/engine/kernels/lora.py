@@ -186,7 +186,7 @@ class LoRATable:
 
 def scratch_size(table: LoRATable, max_tokens: int, dtype: torch.dtype) -> int:
     """How many float32 numbers `add_lora` needs as scratch for x of `dtype`."""
-    return table.tiling(table.work(max_tokens, dtype)).splits * max_tokens * table.max_stacked_rank
+    return table.tiling(table.work(max_tokens, dtype)).splits * _split_size(table, max_tokens)
 
 
 def add_lora(
@@ -207,11 +207,11 @@ def add_lora(
     assert y.shape[1] == table.sum_out
     assert x.stride(1) == y.stride(1) == 1
     assert scratch.dtype == torch.float32
-    assert scratch.numel() >= scratch_size(table, tokens.max_tokens, x.dtype)
     tiling = table.tiling(table.work(tokens.max_tokens, x.dtype))
+    split_stride = _split_size(table, tokens.max_tokens)
+    assert scratch.numel() >= tiling.splits * split_stride
     product = torch.promote_types(x.dtype, table.dtype)
     dtypes = {"LORA": _TRITON_DTYPES[table.dtype], "PRODUCT": _TRITON_DTYPES[product]}
-    split_stride = tokens.max_tokens * table.max_stacked_rank
 
     _shrink[tokens.max_tiles, triton.cdiv(table.max_stacked_rank, tiling.ranks), tiling.splits](
         x, table.rows, tokens.order, tokens.slots, tokens.starts, tokens.stops, scratch,
@@ -311,6 +311,11 @@ def _expand(
     to = y + tokens[:, None] * y_stride + (left + columns)[None, :]
     mask = held[:, None] & own[None, :]
     tl.store(to, (tl.load(to, mask=mask, other=0.0) + total).to(y.dtype.element_ty), mask=mask)
+
+
+def _split_size(table: LoRATable, max_tokens: int) -> int:
+    """Numbers of h that one split of a step makes room for."""
+    return max_tokens * table.max_stacked_rank
 
 
 def _round_up(number: int, multiple: int) -> int:
