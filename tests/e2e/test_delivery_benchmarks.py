@@ -12,7 +12,7 @@ def test_a_file_is_split_worked_at_and_every_row_is_there(capsys):
     assert large.main(["--lines", "5000", "--work-seconds", "1", "--server", "moto"]) == 0
     printed = capsys.readouterr().out
     assert "every row once, in order" in printed
-    assert re.search(r"splitting into 3 ", printed)
+    assert re.search(r"splitting into 5 ", printed)
 
 
 def test_a_worker_s_engine_is_watched_while_it_takes_small_jobs(base, capsys):
