@@ -14,12 +14,12 @@ from tests.chaos.check import Found, check
 from tests.chaos.expected import expected_texts
 from tests.chaos.fleet import Fleet
 from tests.chaos.rampage import Rampage
-from tests.chaos.server import serving
 from tests.chaos.tally import Tally
 from tests.chaos.workload import Answers, Job, make_jobs, make_large_jobs
 from tests.e2e.conftest import BUCKET, Mill, Queue
 from tests.faults.plans import Chance, Plan
 from tests.faults.proxy import Proxy
+from tests.sync import servers
 
 VISIBILITY_SECONDS = 10
 """The least that a worker takes."""
@@ -60,7 +60,7 @@ class Options(NamedTuple):
 def run(options: Options, folder: Path, say: Callable[[str], None] = lambda _: None) -> Tally:
     """Run in an empty `folder`; `say` is told now and then how it goes."""
     rng = random.Random(options.seed)
-    with serving() as server:
+    with servers.moto_apart() as server:
         mill = Mill(server, folder)
         answers = _publish(mill)
         jobs = make_jobs(rng, options.jobs, list(_ADAPTERS), max_rows=options.max_rows)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -17,9 +16,9 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests import tiny
+from tests.sync import servers
 
 BUCKET, MODEL, PREFIX = "mill", "s3://mill/tiny/", "s3://mill/out/"
 PATIENCE_SECONDS = 60
@@ -247,14 +246,10 @@ def adapter_paths(base: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def mill(base: Path, adapter_paths: dict[str, Path]) -> Iterator[Mill]:
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    mill = Mill(f"http://{host}:{port}", base.parent)
-    mill.upload(base, "tiny/")
-    yield mill
-    server.stop()
+    with servers.moto_apart() as address:
+        mill = Mill(address, base.parent)
+        mill.upload(base, "tiny/")
+        yield mill
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ float32 is 0.002, and then a log-likelihood depends on the order in which produc
 """
 
 import argparse
-import logging
 import os
 import sys
 import tempfile
@@ -21,13 +20,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from moto.server import ThreadedMotoServer
 
 import worker.demo
 from tests import tiny
 from tests.e2e.conftest import Mill
 from tests.evaluation.compare import TOLERANCE, Evaluation, compare
 from tests.evaluation.compare import worker as running_worker
+from tests.sync import servers
 from worker.demo.base_model import prepare_base_model
 
 
@@ -48,12 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base, adapters = _models(args, folder)
-        logging.getLogger("werkzeug").setLevel(logging.WARNING)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        stack.callback(server.stop)
-        host, port = server.get_host_and_port()
-        mill = Mill(f"http://{host}:{port}", folder)
+        mill = Mill(stack.enter_context(servers.moto_apart()), folder)
         queue_url = stack.enter_context(running_worker(mill, base, adapters, LORAMILL_MAX_LORA_RANK="64"))
         found = [
             compare(

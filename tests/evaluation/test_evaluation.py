@@ -1,19 +1,18 @@
 """A public harness, lm-evaluation-harness, finds over the queue what it finds by its own back end."""
 
 import json
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.e2e.conftest import Mill
 from tests.evaluation import jobs, tasks
+from tests.sync import servers
 
 MAX_LENGTH = 160
 FIRST_BYTE = 3
@@ -21,17 +20,13 @@ FIRST_BYTE = 3
 
 @pytest.fixture(scope="module")
 def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield Mill(f"http://{host}:{port}", tmp_path_factory.mktemp("evaluation"))
-    server.stop()
+    with servers.moto_apart() as address:
+        yield Mill(address, tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
 def compare():
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm-eval>=0.4.13'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     from tests.evaluation import compare
 
     return compare

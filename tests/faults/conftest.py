@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with servers.moto() as address:
         yield address
 

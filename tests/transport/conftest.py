@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.sync import servers
 from worker.transport.clients import Clients
@@ -21,11 +20,8 @@ _names = (f"it-{number}" for number in itertools.count())
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with servers.moto() as address:
+        yield address
 
 
 @pytest.fixture
