@@ -97,12 +97,12 @@ def test_conditional_write_whose_answer_was_lost_finds_its_own_object(fault, buc
     play(bucket, scenario)
 
 
-def test_conflict_that_lasts_and_one_of_another_kind_are_unavailable(bucket, proxy):
+@pytest.mark.parametrize("fault", [Fault.CONFLICT, Fault.ABORTED])
+def test_conflict_is_waited_out_and_one_that_lasts_is_unavailable(bucket, proxy, fault):
     async def scenario(store, prefix):
-        proxy.plan.rules.append(Rule(Fault.ABORTED, "PutObject"))
-        with pytest.raises(StoreUnavailable):
-            await store.put_if_absent(f"{prefix}k", b"x")
-        proxy.plan.rules.append(Rule(Fault.CONFLICT, "PutObject", times=FOREVER))
+        proxy.plan.rules.append(Rule(fault, "PutObject"))
+        await store.put_if_absent(f"{prefix}first", b"x")
+        proxy.plan.rules.append(Rule(fault, "PutObject", times=FOREVER))
         with pytest.raises(StoreUnavailable):
             await store.put_if_absent(f"{prefix}k", b"x")
         with pytest.raises(ObjectNotFound):

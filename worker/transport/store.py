@@ -19,6 +19,7 @@ __all__ = ["S3Store", "Store", "StoredObject", "make_uri", "parse_uri"]
 
 _CHUNK_BYTES = 1 << 20
 _CONFLICT_ATTEMPTS = 6
+_CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _STREAM_ATTEMPTS = 5
 """Tries in a row that bring nothing, after which a stream is given up."""
 
@@ -129,7 +130,7 @@ class S3Store(Store):
                 raise ObjectExists(uri)
             bucket, key = parse_uri(uri)
             # NoSuchUpload: it has ended already, an answer was lost, and the SDK asked again.
-            ended = dict.fromkeys(("ConditionalRequestConflict", "NoSuchUpload"), _Conflict(uri))
+            ended = dict.fromkeys((*_CONFLICTS, "NoSuchUpload"), _Conflict(uri))
             with _errors(uri, ended):
                 etag = await multipart.upload_if_absent(
                     self._clients.objects,
@@ -242,7 +243,7 @@ class S3Store(Store):
         bucket, key = parse_uri(uri)
         # Made here and not by the SDK, which would send it as a trailer that not every server understands.
         checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        with _errors(uri, {"ConditionalRequestConflict": _Conflict(uri)}):
+        with _errors(uri, dict.fromkeys(_CONFLICTS, _Conflict(uri))):
             answer = await self._clients.objects.put_object(
                 Bucket=bucket,
                 Key=key,
