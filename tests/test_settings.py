@@ -260,7 +260,7 @@ def test_keys_that_size_djls_workers_are_noted_and_not_swallowed():
         ("tensor_parallel_degree", "2"),
         ("tensor_parallel_degree", "max"),
         ("lora_extra_vocab_size", "256"),
-        ("long_lora_scaling_factors", "3.0,4.0"),
+        ("long_lora_scaling_factors", "0.5"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(name, value):
@@ -273,6 +273,19 @@ def test_neutral_values_of_what_this_version_does_not_do_are_accepted():
         "option.tensor_parallel_degree=1\noption.lora_extra_vocab_size=0\noption.fully_sharded_loras=no\n"
     )
     assert read_settings(environ={}, properties=properties).fully_sharded_loras is False
+
+
+@pytest.mark.parametrize("said", ["4,3.0", "(3.0, 4.0)", "(3.0,4.0,)", "3,4.0,3"])
+def test_scaling_factors_are_written_as_djl_s_users_write_them(said):
+    settings = read_settings(environ={}, properties=f"option.long_lora_scaling_factors={said}")
+    assert settings.rope_factors == (3.0, 4.0)
+
+
+@pytest.mark.parametrize("said", ["(3.0", "3.0)", "0", "-2", "1001", "nan", "3;4", "()", "3,,4"])
+def test_what_is_no_scaling_factor_is_a_mistake(said):
+    (mistake,) = mistakes(properties=f"option.long_lora_scaling_factors={said}")
+    assert mistake.startswith(f"long_lora_scaling_factors: '{said}'")
+    assert "numbers from 1 to 1000" in mistake
 
 
 # Cross-checks and derived values

@@ -179,6 +179,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
+        rope_factors=settings.rope_factors,
     )
     auto = settings.lora_dtype == "auto"
     dtype = product_dtype(base.dtype, device) if auto else getattr(torch, settings.lora_dtype)
@@ -188,6 +189,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=dtype,
+        rope=base.rope,
     )
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
@@ -198,6 +200,7 @@ def build_core(settings: Settings, weights: str) -> Core:
             max_lora_rank=settings.max_lora_rank,
             dtype=dtype,
             pin=device.type == "cuda",
+            rope=base.rope,
         ),
         settings.cpu_loras,
         settings.max_cpu_lora_bytes,
@@ -214,6 +217,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         prefix_reuse=settings.prefix_reuse,
         max_passed_over=settings.max_passed_over,
         look_ahead=device.type == "cuda",
+        rope=base.rope,
     )
     logger.info(
         "model loaded",

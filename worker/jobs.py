@@ -220,6 +220,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids; at least one."""
     adapter: AdapterKey | None = None
     params: SamplingParams = SamplingParams()
+    fills: bool = False
+    """Fewer tokens than `max_new_tokens` will do, where the adapter allows no more."""
     targets: tuple[int, ...] = ()
     """Tokens whose log-probability is all that is wanted: the i-th of n after all of `prompt` but the last
     n - 1 - i tokens. Then `max_new_tokens` is 0, and `prompt` has as many tokens or more."""

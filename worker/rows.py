@@ -267,7 +267,7 @@ class RowRunner:
             # Of the job and the row alone, so that a second attempt at the job says the same.
             seed = hashlib.sha256(f"{job.id}/{row.index}".encode()).digest()[:8]
             params = msgspec.structs.replace(params, seed=int.from_bytes(seed, "big"))
-        return InferenceRequest(id=name, prompt=encoded.tokens, adapter=key, params=params)
+        return InferenceRequest(id=name, prompt=encoded.tokens, adapter=key, params=params, fills=row.fills)
 
     def _details(self, encoded: "_Encoded", completion: Completion) -> dict[str, Any]:
         """The tokens that the row asked for, by field of RowResult."""

@@ -39,6 +39,9 @@ IGNORED_KEYS = frozenset({
     "response_timeout", "retry_threshold",
 })  # fmt: skip
 
+_FACTOR = r"(1000(\.0*)?|[1-9][0-9]{0,2}(\.[0-9]*)?)"
+FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
+
 _S3 = {"expected": S3_PREFIX_EXPECTED}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -306,11 +309,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     long_lora_scaling_factors: Annotated[
         str | None,
         Meta(
-            description="Rope scaling factors. Not in this version: leave unset.",
-            pattern=r"(?!)",
+            description="Factors of linear rope scaling that adapters may ask for, each row its own: "
+            "`3.0,4.0` or `(3.0, 4.0)`. MAX_MODEL_LEN goes up with the largest.",
+            pattern=FACTORS,
             extra={
                 "option": "long_lora_scaling_factors",
-                "expected": "left unset: this version does not have it",
+                "expected": "numbers from 1 to 1000 with commas between them, in parentheses or not",
             },
         ),
     ] = None
@@ -345,6 +349,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         if self.adapters_dir is not None or self.mirror_uri is not None or self.sync:
             return True
         return self.adapters_path is not None and self.adapters_path.is_dir()
+
+    @property
+    def rope_factors(self) -> tuple[float, ...]:
+        """LONG_LORA_SCALING_FACTORS as numbers, each once, in order."""
+        said = (self.long_lora_scaling_factors or "").strip("() ").split(",")
+        return tuple(sorted({float(one) for one in said if one.strip()}))
 
     @property
     def model_name(self) -> str:

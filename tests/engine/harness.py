@@ -36,9 +36,14 @@ class Harness:
         kernels: bool | None = None,
         tuner: Tuner | None = None,
         look_ahead: bool | None = None,
+        rope_factors: tuple[float, ...] = (),
     ) -> None:
         self.base = load_base_model(
-            base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
+            base,
+            device=torch.device(device),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            rope_factors=rope_factors,
         )
         limits = EngineLimits(
             max_num_seqs=max_num_seqs,
@@ -46,6 +51,7 @@ class Harness:
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
             lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
+            rope=self.base.rope,
         )
         self.runner = ModelRunner(
             self.base,
@@ -70,6 +76,7 @@ class Harness:
                 max_lora_rank=limits.max_lora_rank,
                 dtype=limits.lora_dtype,
                 pin=self.base.device.type == "cuda",
+                rope=self.base.rope,
             ),
             max_cpu_loras=64,
         )
@@ -82,6 +89,7 @@ class Harness:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_loras=limits.max_loras,
+            rope=self.base.rope,
             **self._options,
         )
         self.stats: list[StepStats] = []

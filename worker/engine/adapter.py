@@ -36,6 +36,8 @@ class LoRAWeights(NamedTuple):
     key: AdapterKey
     pairs: dict[str, LoRAPair]
     """By the module's name in the base model."""
+    rope_factor: float = 1.0
+    """Its tokens' positions are divided by this."""
 
     @property
     def rank(self) -> int:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from peft import LoraConfig
 
+from worker.engine.rope import ASKS, RopeScaling, read_factor
 from worker.errors import AdapterInvalid
 
 CONFIG_FILE = "adapter_config.json"
@@ -58,10 +59,16 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
-def read_config(content: bytes, names: Collection[str]) -> LoraConfig:
-    """The LoraConfig in an adapter's CONFIG_FILE, refused if any of it would not be honoured.
+class AdapterConfig(NamedTuple):
+    lora: LoraConfig
+    rope_factor: float
 
-    `names` are the base model's modules, which its patterns will be matched with. Raises AdapterInvalid.
+
+def read_config(content: bytes, names: Collection[str], rope: RopeScaling) -> AdapterConfig:
+    """What an adapter's CONFIG_FILE says, refused if any of it would not be honoured.
+
+    `names` are the base model's modules, which its patterns will be matched with, `rope` what it may ask for
+    its positions. Raises AdapterInvalid.
     """
     try:
         raw = msgspec.json.decode(content, type=dict[str, Any])
@@ -77,13 +84,15 @@ def read_config(content: bytes, names: Collection[str]) -> LoraConfig:
             "adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     for name, value in raw.items():
-        if name not in _APPLIED | _WITHOUT_EFFECT | _CHECKED and value and value != "none":
+        if name not in _APPLIED | _WITHOUT_EFFECT | _CHECKED | ASKS and value and value != "none":
             raise AdapterInvalid(f"{name} is {value!r}, which is not supported")
     _try_regexes(list(_regexes(_check_types(raw))), names)
+    factor = read_factor(raw, rope)
     try:
-        return LoraConfig(**{name: value for name, value in raw.items() if name in _APPLIED})
+        lora = LoraConfig(**{name: value for name, value in raw.items() if name in _APPLIED})
     except (TypeError, ValueError) as exc:
         raise AdapterInvalid(f"{CONFIG_FILE}: {exc}") from exc
+    return AdapterConfig(lora, factor)
 
 
 class _Types(msgspec.Struct):

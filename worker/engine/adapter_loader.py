@@ -22,7 +22,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from worker.engine.adapter import LoRAPair, LoRAWeights, Target
-from worker.engine.adapter_config import CONFIG_FILE, read_bytes, read_config
+from worker.engine.adapter_config import CONFIG_FILE, AdapterConfig, read_bytes, read_config
+from worker.engine.rope import RopeScaling
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
@@ -65,8 +66,11 @@ class _Layout(NamedTuple):
 class _Plan:
     """What all adapters with one configuration have in common."""
 
-    def __init__(self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]], rope_factor: float
+    ) -> None:
         self.parts = tuple(parts)
+        self.rope_factor = rope_factor
         self.shapes = dict(shapes)
         self.scalings = [part.scaling for part in parts]
         self.layouts = _Remembered[_Layout]()
@@ -106,11 +110,14 @@ class AdapterLoader:
         max_lora_rank: int,
         dtype: torch.dtype,
         pin: bool = False,
+        rope: RopeScaling = RopeScaling(),  # noqa: B008 (it never changes)
     ) -> None:
         """`targets` are the base model's modules by name, `dtype` is that of the weights.
 
-        With `pin` they lie in memory that a GPU reads by itself.
+        With `pin` they lie in memory that a GPU reads by itself. `rope` is what adapters may ask for their
+        positions.
         """
+        self._rope = rope
         self._targets = targets
         self._max_rank = max_lora_rank
         self._dtype = dtype
@@ -131,7 +138,8 @@ class AdapterLoader:
             plan = self._plan(folder / CONFIG_FILE)
             layout, data = _read(folder / WEIGHTS_FILE, plan)
             with _memory_errors():
-                return LoRAWeights(key, _pairs(plan, layout, data, self._dtype, pin=self._pin))
+                pairs = _pairs(plan, layout, data, self._dtype, pin=self._pin)
+                return LoRAWeights(key, pairs, plan.rope_factor)
         except (OSError, MemoryError):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
@@ -144,7 +152,8 @@ class AdapterLoader:
         content = read_bytes(path)
 
         def make() -> _Plan:
-            return _make_plan(read_config(content, self._targets), self._targets, self._max_rank)
+            config = read_config(content, self._targets, self._rope)
+            return _make_plan(config, self._targets, self._max_rank)
 
         return self._plans.get(content, make)
 
@@ -164,7 +173,8 @@ def _refuse_links(folder: Path) -> None:
             raise AdapterInvalid(f"{name} is a link, a file is needed", "file")
 
 
-def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank: int) -> _Plan:
+def _make_plan(asked: AdapterConfig, targets: Mapping[str, Target], max_lora_rank: int) -> _Plan:
+    config = asked.lora
     names = [name for name in targets if _is_targeted(config, name, targets[name])]
     if not names:
         what = f"target_modules {config.target_modules!r}"
@@ -183,7 +193,7 @@ def _make_plan(config: LoraConfig, targets: Mapping[str, Target], max_lora_rank:
         a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
         shapes[a], shapes[b] = (rank, targets[name].in_features), (targets[name].out_features, rank)
         parts.append(_Part(name, a, b, scaling))
-    return _Plan(parts, shapes)
+    return _Plan(parts, shapes, asked.rope_factor)
 
 
 def _from_pattern(pattern: dict[str, float] | None, module: str, default: float) -> Any:

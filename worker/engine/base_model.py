@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from worker.engine.products import has_bfloat16
+from worker.engine.rope import RopeScaling
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import ModelError
 
@@ -28,9 +29,10 @@ class BaseModel(NamedTuple):
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     max_model_len: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together, of rows whose adapter has the largest factor of `rope`."""
     device: torch.device
     dtype: torch.dtype
+    rope: RopeScaling = RopeScaling()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,8 +73,11 @@ def load_base_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
+    rope_factors: tuple[float, ...] = (),
 ) -> BaseModel:
     """The model and tokenizer in folder `path` (or of that hub id), ready for inference on `device`.
+
+    With `rope_factors` rows of adapters that ask for one of them may be that much longer.
 
     Raises ModelError if it cannot be read, is no decoder-only language model, or attends in a way that
     transformers' attention interface does not reach.
@@ -91,13 +96,15 @@ def load_base_model(
         raise ModelError(f"the base model at {path} lacks weights: {missing}")
     _check_supported(model)
     model.requires_grad_(False).train(False).to(device)
+    rope = RopeScaling(rope_factors, _native_len(config.get_text_config(), max_model_len))
     return BaseModel(
         model=model,
         tokenizer=Tokenizer(tokenizer),
         eos_token_ids=_eos_token_ids(model, tokenizer.eos_token_id),
-        max_model_len=_model_len(config.get_text_config(), max_model_len),
+        max_model_len=_model_len(rope, max_model_len),
         device=device,
         dtype=chosen,
+        rope=rope,
     )
 
 
@@ -167,14 +174,19 @@ def _eos_token_ids(model: PreTrainedModel, of_tokenizer: int | None) -> frozense
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _model_len(config: PretrainedConfig, wanted: int | None) -> int:
+def _native_len(config: PretrainedConfig, wanted: int | None) -> int:
+    """What the model was made for; `wanted` if it does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for own in [rope] if "rope_type" in rope else rope.values():
         if isinstance(own, dict) and own.get("rope_type") in _LENGTH_BOUND_ROPES:
             limit = own.get("original_max_position_embeddings") or limit
-    if limit is None:
-        limit = wanted or 2048
+    return int(limit or wanted or 2048)
+
+
+def _model_len(rope: RopeScaling, wanted: int | None) -> int:
+    limit = rope.max_len(rope.max_factor)
     if wanted is not None and wanted > limit:
-        raise ModelError(f"max_model_len is {wanted}, the base model's limit is {limit}")
-    return wanted or int(limit)
+        times = f" times {rope.max_factor:g}" if rope.factors else ""
+        raise ModelError(f"max_model_len is {wanted}, the base model's limit is {rope.native_len}{times}")
+    return wanted or limit

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from worker.engine.adapter import LoRAWeights
 from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
 from worker.engine.model_runner import Launched, ModelRunner, Outcome
+from worker.engine.rope import RopeScaling
 from worker.engine.sampler import check
 from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
 from worker.engine.sequence import Sequence, Status
@@ -79,12 +81,14 @@ class Engine:
         prefix_reuse: bool = True,
         max_passed_over: int = 256,
         look_ahead: bool = False,
+        rope: RopeScaling = RopeScaling(),  # noqa: B008 (it never changes)
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._weights = weights
         self._eos = eos_token_ids
         self.max_model_len = max_model_len
+        self._rope = rope
         self._scheduler = Scheduler(
             _kv_cache(runner.cache_shape, max_model_len, reuse=prefix_reuse),
             LoRASlots(max_loras),
@@ -105,41 +109,59 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work or self._flight is not None
 
+    def max_len(self, adapter: AdapterKey | None) -> int:
+        """Most tokens of a row, prompt and answer together. The adapter must be loaded. From any thread."""
+        if not self._rope.factors:
+            return self.max_model_len
+        factor = 1.0 if adapter is None else self._weights(adapter).rope_factor
+        return min(self.max_model_len, self._rope.max_len(factor))
+
     def check(self, request: InferenceRequest) -> None:
-        """Raise the RowError that `add` would, without adding. May be called from any thread."""
+        """Raise the RowError that `add` would, without adding. May be called from any thread.
+
+        What follows from the adapter itself, which need not be loaded for this, only `add` knows.
+        """
         if not request.prompt:
             raise InvalidParameters("The prompt has no tokens")
         if max(request.prompt) >= self._runner.vocab_size:
             known = f"the base model knows {self._runner.vocab_size} tokens"
             raise InvalidParameters(f"The prompt has token {max(request.prompt)}, {known}")
         check(request.params, self._runner.num_logits, self._eos)
+        certain = request.adapter is None or not self._rope.factors
+        self._check_length(request, self.max_len(request.adapter) if certain else self.max_model_len)
+
+    def _check_length(self, request: InferenceRequest, limit: int) -> None:
         if request.targets:
-            self._check_targets(request)
+            self._check_targets(request, limit)
             return
         whole = len(request.prompt) + request.params.max_new_tokens
-        if whole > self.max_model_len:
+        if whole > limit:
             raise PromptTooLong(
                 f"The prompt has {len(request.prompt)} tokens and max_new_tokens is "
                 f"{request.params.max_new_tokens}: together {whole}, the limit (max_model_len) is "
-                f"{self.max_model_len}"
+                f"{limit}"
             )
 
-    def _check_targets(self, request: InferenceRequest) -> None:
+    def _check_targets(self, request: InferenceRequest, limit: int) -> None:
         assert request.params.max_new_tokens == 0, "what is scored is not gone on with"
         assert not request.params.prompt_log_probs
         assert len(request.targets) <= len(request.prompt)
         if max(request.targets) >= self._runner.num_logits:
             known = f"the base model writes {self._runner.num_logits} tokens"
             raise InvalidParameters(f"The row has token {max(request.targets)} to be scored, {known}")
-        if len(request.prompt) > self.max_model_len:
+        if len(request.prompt) > limit:
             raise PromptTooLong(
                 f"The row has {len(request.prompt) + 1} tokens; to be scored it may have one more than "
-                f"max_model_len, {self.max_model_len}"
+                f"max_model_len, {limit}"
             )
 
     def add(self, request: InferenceRequest) -> None:
         """Take a request in. Raises RowError if it can never run, ValueError if its id is in flight."""
         self.check(request)
+        limit = self.max_len(request.adapter)
+        if request.fills:
+            request = _filled(request, limit)
+        self._check_length(request, limit)
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is in flight already")
         sequence = self._sequences[request.id] = Sequence(request)
@@ -372,6 +394,15 @@ class Engine:
             score=Score(log_probs, is_greedy) if request.targets and failure is None else None,
             failure=failure,
         )
+
+
+def _filled(request: InferenceRequest, limit: int) -> InferenceRequest:
+    """The request with no more tokens to generate than there is room for, but one at least."""
+    room = max(1, limit - len(request.prompt))
+    if request.params.max_new_tokens <= room:
+        return request
+    params = msgspec.structs.replace(request.params, max_new_tokens=room)
+    return msgspec.structs.replace(request, params=params)
 
 
 def _is_finite(row: ScheduledRow) -> bool:

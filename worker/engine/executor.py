@@ -13,6 +13,7 @@ from worker.engine.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
 from worker.engine.projections import Projection
+from worker.engine.rope import scaled_positions
 from worker.engine.transfer import to_device
 
 
@@ -62,6 +63,8 @@ class Executor(abc.ABC):
         self._attention = attention
         self._projections = projections
         self._device = device
+        self.rope_factors: dict[int | None, float] | None = None
+        """By slot, for those whose positions are scaled; None where none may be."""
 
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
@@ -121,7 +124,11 @@ class Executor(abc.ABC):
         if targets:
             assert latest is not None
             split[0].index_copy_(0, split[3], latest.index_select(0, split[4]))
-        return Inputs(*split[:3])
+        ids, places, kept_tokens = split[:3]
+        if self.rope_factors is not None:
+            factors = [self.rope_factors.get(row.slot, 1.0) for row in rows]
+            places = scaled_positions(places, factors, [len(row.tokens) for row in rows])
+        return Inputs(ids, places, kept_tokens)
 
     def _forward(self, inputs: "Inputs") -> torch.Tensor:
         output = self._model(
@@ -140,7 +147,7 @@ class Inputs(NamedTuple):
     tokens: torch.Tensor
     """[T]"""
     positions: torch.Tensor
-    """[T]"""
+    """[T], float32 in an engine whose rows may differ in the scaling of their positions."""
     kept: torch.Tensor
     """[kept], the tokens that give logits."""
 

@@ -74,7 +74,8 @@ class KernelExecutor(Executor):
             device=self._device,
         )
         zeros = torch.zeros(size, dtype=torch.int64, device=self._device)
-        inputs = Inputs(zeros, zeros.clone(), torch.arange(size, device=self._device))
+        positions = zeros.clone() if self.rope_factors is None else zeros.float()
+        inputs = Inputs(zeros, positions, torch.arange(size, device=self._device))
         return _Buffers(inputs, plan, self.lora.empty_step(size))
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from worker.engine.rope import RopeScaling
+
 
 class EngineLimits(NamedTuple):
     """Sizes that the parts of an engine are built for; the names are those of the settings."""
@@ -13,3 +15,4 @@ class EngineLimits(NamedTuple):
     max_loras: int
     max_lora_rank: int
     lora_dtype: torch.dtype
+    rope: RopeScaling = RopeScaling()

@@ -21,6 +21,7 @@ from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.pages import give_back_freed
 from worker.engine.projections import Projection, tied_weights
+from worker.engine.rope import RopeScaling, check_scalable, scaled
 from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare
 from worker.engine.scheduler import Batch, ScheduledRow
 from worker.engine.scores import Scores
@@ -125,6 +126,7 @@ class ModelRunner:
     ) -> None:
         model, device = self._model, self._base.device
         expected = self._probe.expected(model, device)
+        scaled_up = self._expect_scaled(self._limits.rope)
         self.num_logits: int = expected.shape[-1]
         """Token ids from this on are never generated."""
         model.set_attn_implementation(self._attention.name)
@@ -137,7 +139,13 @@ class ModelRunner:
         blocks, size = self.cache_shape
         self._attention.allocate(blocks + self._kernels, size, device)
         self._executor = self._make_executor(projections, costs, tuner)
+        if self._limits.rope.factors:
+            self._executor.rope_factors = {}  # before the first step: what graphs are given depends on it
         self._verify(self._probe, expected)
+        for factor, own in scaled_up.items():
+            self._executor.rope_factors = {None: factor}
+            self._verify(self._probe, own)
+            self._executor.rope_factors = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -146,6 +154,8 @@ class ModelRunner:
 
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         self._executor.lora.put(slot, weights)
+        if self._executor.rope_factors is not None:
+            self._executor.rope_factors[slot] = weights.rope_factor
 
     @torch.inference_mode()
     def is_sound(self) -> bool:
@@ -246,6 +256,17 @@ class ModelRunner:
             return scores, logits
         kept = to_device(torch.tensor(ends, dtype=torch.long), logits.device)
         return scores, logits.index_select(0, kept)
+
+    def _expect_scaled(self, rope: RopeScaling) -> dict[float, torch.Tensor]:
+        """The example's logits by each factor that positions may be scaled with."""
+        if not rope.factors:
+            return {}
+        check_scalable(self._base.model.config.get_text_config(), type(self._model).__name__)
+        found = {}
+        for factor in rope.factors:
+            with scaled(self._model, factor):
+                found[factor] = self._probe.expected(self._model, self._base.device)
+        return found
 
     def _discover(self, probe: "_Probe") -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
