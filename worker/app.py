@@ -32,6 +32,7 @@ from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import measure_costs
 from worker.engine.lora_store import LoRAStore
+from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.errors import SettingsError
@@ -190,6 +191,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=dtype,
         rope=base.rope,
+        lora_mode=LoRAMode(settings.lora_mode),
     )
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None

@@ -70,6 +70,9 @@ class Metrics:
             "loramill_prefix_reused_tokens",
             "Prompt tokens that were not computed, since their beginning was in the KV cache.",
         )
+        self.merged_steps = counter(
+            "loramill_merged_steps", "Steps whose rows had one adapter, merged into the base model's weights."
+        )
         self.preemptions = counter(
             "loramill_preemptions", "Rows that gave their cache blocks back and were computed anew."
         )

@@ -287,6 +287,15 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"option": "lora_dtype", "aliases": _DTYPES},
         ),
     ] = "auto"
+    lora_mode: Annotated[
+        Literal["unmerged", "auto", "merged"],
+        Meta(
+            description="unmerged adds adapters beside the base model. merged is for a worker that serves "
+            "one: it is merged into a copy of the weights, which steps whose rows all have it use. auto "
+            "does so where steps with one adapter go on for long.",
+            extra={"option": "lora_mode"},
+        ),
+    ] = "unmerged"
     fully_sharded_loras: Annotated[
         bool,
         Meta(

@@ -36,6 +36,7 @@ class Exporter:
         metrics.engine_rows.labels("waiting").set(stats.waiting)
         metrics.kv_blocks_free.set(stats.free_blocks)
         metrics.adapters_resident.labels("slot").set(stats.resident_adapters)
+        metrics.merged_steps.inc(stats.merged)
         metrics.preemptions.inc(self._new("preempted", stats.preempted))
         metrics.adapter_lookups.labels("slot", "hit").inc(self._new("slot_hits", stats.slot_hits))
         metrics.adapter_lookups.labels("slot", "miss").inc(self._new("slot_misses", stats.slot_misses))

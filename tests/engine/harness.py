@@ -12,6 +12,7 @@ from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
+from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import CacheShape, ModelRunner
 from worker.engine.products import product_dtype
 from worker.jobs import AdapterKey, Completion, InferenceRequest
@@ -37,6 +38,7 @@ class Harness:
         tuner: Tuner | None = None,
         look_ahead: bool | None = None,
         rope_factors: tuple[float, ...] = (),
+        lora_mode: LoRAMode = LoRAMode.UNMERGED,
     ) -> None:
         self.base = load_base_model(
             base,
@@ -52,6 +54,7 @@ class Harness:
             max_lora_rank=max_lora_rank,
             lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
             rope=self.base.rope,
+            lora_mode=lora_mode,
         )
         self.runner = ModelRunner(
             self.base,

@@ -11,10 +11,11 @@ from triton.runtime import interpreter
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine import lora_kernels
+from worker.engine import lora_kernels, merging
 from worker.engine.graphs import DecodeGraphs
 from worker.engine.kernels.tilings import Fit, Tuner, Work, default_tiling
 from worker.engine.lora_ops import add_stack
+from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
@@ -67,6 +68,26 @@ def requests(keys, rows, new=NEW):
     ]
     random.Random(1).shuffle(made)
     return made
+
+
+def test_merged_steps_equal_peft_and_their_graphs_outlive_a_merge(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "_STRETCH", 0.0)  # whatever runs alone is merged
+    base = tiny.make_base(tmp_path / "base", **ONE_LAYER)
+    folders = [
+        tiny.make_adapter(tmp_path / str(n), base, seed=n, scale=2.0, r=4, target_modules=modules)
+        for n, modules in enumerate((tiny.ATTENTION, tiny.MLP))
+    ]
+    harness = Harness(
+        base, kernels=True, max_num_seqs=2, cache_shape=CacheShape(60, 8), lora_mode=LoRAMode.MERGED
+    )
+    harness.runner._executor._graphs = DecodeGraphs(Recorded(), 2)
+    rows = prompts(2)
+    for folder in (*folders, folders[0]):
+        harness.stats.clear()
+        done = harness.run(requests([harness.adapter(folder)], rows))
+        assert all(stats.merged for stats in harness.stats[1:])
+        expected = tiny.peft_generate(base, folder, rows, NEW, eos_token_id=None)
+        assert [list(done[f"0/{row}"].token_ids) for row in range(len(rows))] == expected
 
 
 TWO_LAYERS = {"num_hidden_layers": 2}

@@ -43,6 +43,8 @@ class StepStats(NamedTuple):
     preempted: int
     """Since the engine began."""
     free_blocks: int
+    merged: bool
+    """Whether its rows have one adapter, and that is merged into the base model."""
     resident_adapters: int
     """In slots."""
     slot_hits: int
@@ -194,6 +196,7 @@ class Engine:
         self._runner.scrub(batch.leftovers)
         reused_tokens = batch.reused_tokens
         batch, refused, put = self._put_adapters(batch)
+        merged = self._runner.merge_for(batch.rows, self._weights)
         scheduled = time.perf_counter()
         prompt_tokens = sum(row.num_prompt_tokens for row in batch.rows)
         completions, computed = self._compute(batch)
@@ -210,6 +213,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             preempted=scheduler.num_preempted,
             free_blocks=scheduler.kv_cache.num_free,
+            merged=merged,
             resident_adapters=len(self.resident_adapters),
             slot_hits=scheduler.slots.hits,
             slot_misses=scheduler.slots.misses,

@@ -65,6 +65,10 @@ class Executor(abc.ABC):
         self._device = device
         self.rope_factors: dict[int | None, float] | None = None
         """By slot, for those whose positions are scaled; None where none may be."""
+        self.merged_slot: int | None = None
+        """The slot whose adapter the projections' merged products have."""
+        self.merges = 0
+        """How often that has changed."""
 
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
@@ -85,6 +89,10 @@ class Executor(abc.ABC):
         run that raised leaves nothing behind but what it wrote to the rows' own places in the cache.
         """
 
+    def _is_merged(self, rows: Sequence[PackedRow]) -> bool:
+        """Whether all rows have the adapter that is merged."""
+        return self.merged_slot is not None and all(row.slot == self.merged_slot for row in rows)
+
     def run_uncached(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Logits of the last token of each prompt, of two tokens or more; the cache is left alone."""
         rows = [([number], 0, len(prompt)) for number, prompt in enumerate(prompts)]
@@ -95,9 +103,10 @@ class Executor(abc.ABC):
             return self._forward(self._inputs(packed))
 
     @contextmanager
-    def _step(self, plan: AttentionPlan, lora: Any) -> Iterator[None]:
+    def _step(self, plan: AttentionPlan, lora: Any, *, merged: bool = False) -> Iterator[None]:
         """Give attention and LoRA their plans, and take them back whatever happens."""
         self._attention.plan, self.lora.step = plan, lora
+        self._use_merged(merged)
         try:
             yield
         except BaseException:
@@ -106,6 +115,11 @@ class Executor(abc.ABC):
             raise
         finally:
             self._attention.plan = self.lora.step = None
+            self._use_merged(False)
+
+    def _use_merged(self, merged: bool) -> None:
+        for projection in self._projections:
+            projection.uses_merged = merged
 
     def _inputs(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> "Inputs":
         tokens = [token for row in rows for token in row.tokens]
@@ -161,7 +175,8 @@ class HostExecutor(Executor):
 
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
         """See Executor."""
-        lora = self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
+        merged = self._is_merged(rows)
+        lora = None if merged else self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
         plan = HostAttentionPlan([row.held for row in rows], block_size=self._block_size, device=self._device)
-        with self._step(plan, lora):
+        with self._step(plan, lora, merged=merged):
             return self._forward(self._inputs(rows, latest))

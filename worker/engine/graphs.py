@@ -32,10 +32,24 @@ def fitting_size(sizes: Sequence[int], num_rows: int) -> int:
     return sizes[bisect.bisect_left(sizes, num_rows)]
 
 
+class Reads(NamedTuple):
+    """What a graph reads beside the base model: its generation, or None if it does not read that."""
+
+    lora: int | None = None
+    """Tables of adapters."""
+    merged: int | None = None
+    """Weights with an adapter in them."""
+
+    def outdates(self, other: "Reads") -> bool:
+        """Whether the other's are an earlier generation of the same."""
+        return any(
+            own is not None and before not in {None, own} for own, before in zip(self, other, strict=True)
+        )
+
+
 class Key(NamedTuple):
     size: int
-    lora: int | None
-    """The generation of LoRA tables that the graph reads; None for a graph without LoRA."""
+    reads: Reads
 
 
 class DecodeGraphs:
@@ -46,25 +60,24 @@ class DecodeGraphs:
         self._capture = capture
         self._graphs: dict[Key, tuple[Callable[[], None], torch.Tensor]] = {}
 
-    def run(self, num_rows: int, lora: int | None, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, num_rows: int, reads: Reads, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Replay the graph for `num_rows` rows; `forward` is what to capture if there is none yet.
 
         The inputs must be in place, at the addresses that `forward` reads for that size. Returns logits
         [num_rows, vocabulary], valid until the next run.
         """
-        key = Key(fitting_size(self.sizes, num_rows), lora)
+        key = Key(fitting_size(self.sizes, num_rows), reads)
         if key not in self._graphs:
-            self._drop_stale(lora)
+            self._drop_stale(reads)
             self._graphs[key] = self._capture(forward)
         replay, logits = self._graphs[key]
         replay()
         return logits[:num_rows]
 
-    def _drop_stale(self, lora: int | None) -> None:
-        """Graphs of earlier generations read tables that are no longer all there are."""
-        if lora is not None:
-            for key in [key for key in self._graphs if key.lora not in {None, lora}]:
-                del self._graphs[key]
+    def _drop_stale(self, reads: Reads) -> None:
+        """Graphs of earlier generations read what is no longer all there is."""
+        for key in [key for key in self._graphs if reads.outdates(key.reads)]:
+            del self._graphs[key]
 
 
 class CudaCapture:

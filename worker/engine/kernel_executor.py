@@ -7,7 +7,7 @@ import torch
 
 from worker.engine.attention_kernels import KernelAttentionPlan
 from worker.engine.executor import Executor, Inputs, PackedRow
-from worker.engine.graphs import Capture, DecodeGraphs, fitting_size
+from worker.engine.graphs import Capture, DecodeGraphs, Reads, fitting_size
 from worker.engine.kernels.lora import TokenTiles
 from worker.engine.lora_kernels import KernelLoRALayers, KernelLoRAStep
 
@@ -36,7 +36,8 @@ class KernelExecutor(Executor):
 
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
         """See Executor."""
-        lora = self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
+        merged = self._is_merged(rows)
+        lora = None if merged else self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
         plan = KernelAttentionPlan(
             [row.held for row in rows],
             block_size=self._block_size,
@@ -45,12 +46,19 @@ class KernelExecutor(Executor):
         )
         inputs = self._inputs(rows, latest)
         if self._graphs is not None and all(len(row.tokens) == row.keep == 1 for row in rows):
-            return self._replay(self._graphs, inputs, plan, None if lora is None else lora.tiles)
-        with self._step(plan, lora):
+            tiles = None if lora is None else lora.tiles
+            return self._replay(self._graphs, inputs, plan, tiles, merged=merged)
+        with self._step(plan, lora, merged=merged):
             return self._forward(inputs)
 
     def _replay(
-        self, graphs: DecodeGraphs, inputs: Inputs, plan: KernelAttentionPlan, lora: TokenTiles | None
+        self,
+        graphs: DecodeGraphs,
+        inputs: Inputs,
+        plan: KernelAttentionPlan,
+        lora: TokenTiles | None,
+        *,
+        merged: bool,
     ) -> torch.Tensor:
         num_rows = len(inputs.tokens)
         size = fitting_size(graphs.sizes, num_rows)
@@ -60,10 +68,12 @@ class KernelExecutor(Executor):
         buffers.fill(inputs, plan, lora, self._trash)
 
         def forward() -> torch.Tensor:
-            with self._step(buffers.plan, None if lora is None else KernelLoRAStep(buffers.lora)):
+            step = None if lora is None else KernelLoRAStep(buffers.lora)
+            with self._step(buffers.plan, step, merged=merged):
                 return self._forward(buffers.inputs)
 
-        return graphs.run(num_rows, None if lora is None else self.lora.generation, forward)
+        reads = Reads(None if lora is None else self.lora.generation, self.merges if merged else None)
+        return graphs.run(num_rows, reads, forward)
 
     def _make_buffers(self, size: int) -> "_Buffers":
         plan = KernelAttentionPlan.padding(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from worker.engine.merging import LoRAMode
 from worker.engine.rope import RopeScaling
 
 
@@ -16,3 +17,4 @@ class EngineLimits(NamedTuple):
     max_lora_rank: int
     lora_dtype: torch.dtype
     rope: RopeScaling = RopeScaling()
+    lora_mode: LoRAMode = LoRAMode.UNMERGED

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
+from worker.engine.merging import Merging
 from worker.engine.pages import give_back_freed
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.rope import RopeScaling, check_scalable, scaled
@@ -28,6 +29,7 @@ from worker.engine.scores import Scores
 from worker.engine.sequence import Scored
 from worker.engine.transfer import to_device
 from worker.errors import ModelError
+from worker.jobs import AdapterKey
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class ModelRunner:
         self._limits = limits
         self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
+        self._merging = Merging(limits.lora_mode)
         self.timings = Timings(0.0, 0.0, 0.0)
         embeddings: Any = base.model.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
@@ -133,7 +136,7 @@ class ModelRunner:
         found = self._discover(self._probe)
         self.targets: dict[str, Target] = found.targets
         """Modules that adapters may name."""
-        projections = self._project(found)
+        self._projections = projections = self._project(found)
         give_back_freed()
         self.cache_shape = cache_shape or self._choose_cache_shape(self._limits.max_num_seqs, memory_share)
         blocks, size = self.cache_shape
@@ -153,9 +156,45 @@ class ModelRunner:
         return blocks * size * self._attention.bytes_per_token
 
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        if slot == self._executor.merged_slot:
+            self._executor.merged_slot = None
         self._executor.lora.put(slot, weights)
+        if weights.key == self._merging.merged:
+            self._executor.merged_slot = slot
         if self._executor.rope_factors is not None:
             self._executor.rope_factors[slot] = weights.rope_factor
+
+    @torch.inference_mode()
+    def merge_for(self, rows: Sequence[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
+        """Merge the adapter that all of `rows` have, if they do and it pays; they must hold their slots.
+
+        Returns whether they run merged now. Without memory for it they go on unmerged.
+        """
+        if not rows:
+            return False
+        (slot, only), *others = {(row.sequence.slot, row.sequence.request.adapter) for row in rows}
+        self._merging.see(None if others else only, sum(self.timings))
+        if others or only is None:
+            return False
+        if self._merging.wants(only):
+            self._merge(slot, weights(only))
+        return slot == self._executor.merged_slot
+
+    def _merge(self, slot: int | None, weights: LoRAWeights) -> None:
+        executor, started = self._executor, time.perf_counter()
+        executor.merged_slot = None
+        executor.merges += 1
+        try:
+            for names, projection in self._projections.items():
+                projection.merge([weights.pairs.get(name) for name in names])
+        except (RuntimeError, MemoryError):
+            for projection in self._projections.values():
+                projection.merge([])
+            logger.warning("merging failed", exc_info=True)
+            self._merging.failed(weights.key)
+            return
+        executor.merged_slot = slot
+        self._merging.done(weights.key, time.perf_counter() - started)
 
     @torch.inference_mode()
     def is_sound(self) -> bool:

@@ -1,12 +1,21 @@
 """y = x @ weight.T + bias for weights that never change, as fast as the device makes it."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-"""[..., in] -> [..., out], contiguous; any floating type that the product was made for."""
+
+class Product(Protocol):
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        """[..., in] -> [..., out], contiguous; any floating type that the product was made for."""
+
+    def plus(self, delta: torch.Tensor, spare: "Product | None") -> "Product":
+        """A product over the weight and `delta` [out, in], with the same bias; this one stays as it is.
+
+        `spare` came of an earlier call and is used no more: its memory may be.
+        """
+
 
 _ONEDNN = torch.ops.mkldnn
 """The operators that torch's own compiler packs weights with; in torch since 2.0, and no public name."""
@@ -45,10 +54,15 @@ def make_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Produ
 
 class _Plain:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+        self.weight, self._bias = weight, bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self._bias)
+
+    def plus(self, delta: torch.Tensor, spare: Product | None) -> Product:
+        weight = spare.weight if isinstance(spare, _Plain) else torch.empty_like(self.weight)
+        torch.add(self.weight, delta.to(self.weight.dtype), out=weight)
+        return _Plain(weight, self._bias)
 
 
 class _Packed:
@@ -61,3 +75,7 @@ class _Packed:
         own = x.to(self._dtype).contiguous()
         y: torch.Tensor = _ONEDNN._linear_pointwise(own, self._weight, self._bias, "none", [], "")  # noqa: SLF001
         return y.to(x.dtype)
+
+    def plus(self, delta: torch.Tensor, spare: Product | None) -> Product:
+        # Unpacked it is what was packed, to the last bit.
+        return _Packed(self._weight.to_dense().to(self._dtype) + delta.to(self._dtype), self._bias)

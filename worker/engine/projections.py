@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.products import make_product
+from worker.engine.adapter import LoRAPair
+from worker.engine.products import Product, make_product
 
 
 class Addition(Protocol):
@@ -44,8 +45,12 @@ class Projection:
         """Take over the weights of `modules`, but those whose data pointer is in `keep`."""
         self.in_features = features(modules[0])[0]
         self.sizes = [features(module)[1] for module in modules]
+        self._device = _weight(modules[0]).device
         self.addition: Addition | None = None
         self._product, needed = make_product(*_fused(modules))
+        self._merged: Product | None = None
+        self.uses_merged = False
+        """Whether the product is the one that `merge` made, and nothing is added to it."""
         if not needed or len(modules) > 1:  # the product has a copy of its own
             for tensor in _weights(modules):
                 if tensor.data_ptr() not in keep:
@@ -54,6 +59,20 @@ class Projection:
         self._parts: list[torch.Tensor | None] = []
         for index, module in enumerate(modules):
             module.forward = partial(self._forward, index)
+
+    def merge(self, pairs: Sequence[LoRAPair | None]) -> None:
+        """Make the product that has an adapter in it, `pairs` for each module, beside the base's own.
+
+        It takes the place of an earlier one, which is lost even if this raises.
+        """
+        spare, self._merged = self._merged, None
+        if not any(pairs):
+            return
+        delta = torch.zeros(sum(self.sizes), self.in_features, device=self._device)
+        for part, pair in zip(torch.split(delta, self.sizes), pairs, strict=True):
+            if pair is not None:
+                torch.mm(pair.b.to(part), pair.a.to(part), out=part)
+        self._merged = self._product.plus(delta, spare)
 
     def forget(self) -> None:
         """Drop what a pass that was broken off has left."""
@@ -70,6 +89,9 @@ class Projection:
         return part
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.uses_merged:
+            product = self._product if self._merged is None else self._merged
+            return torch.split(product(x), self.sizes, dim=-1)
         y = self._product(x)
         if self.addition is not None:
             self.addition(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
