@@ -22,6 +22,7 @@ PACKAGES = ("worker", "adapters_sync")
 FLOORS = [
     {
         "worker.errors", "worker.jobs", "worker.registrations", "worker.settings", "worker.wire",
+        "worker.workflow",
         "adapters_sync.base_model", "adapters_sync.errors", "adapters_sync.events", "adapters_sync.folder",
         "adapters_sync.header", "adapters_sync.hold", "adapters_sync.layout", "adapters_sync.logs",
         "adapters_sync.manifests", "adapters_sync.names", "adapters_sync.paths", "adapters_sync.settings",
@@ -40,7 +41,7 @@ FLOORS = [
         "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
         "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
         "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",
-        "worker.turns",
+        "worker.chains", "worker.turns", "worker.workflows",
         "worker.local_input", "worker.local_output", "worker.local_signals",
         "adapters_sync.listener", "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push",
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",

@@ -111,6 +111,9 @@ def enqueue(
         bool,
         typer.Option("--chat", help="Put each PROMPT through the model's chat template, as a user says it."),
     ] = False,
+    workflow: Annotated[
+        str | None, typer.Option("--workflow", metavar="NAME", help="Put all rows through this workflow.")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option("--task", metavar="generate|score", help="score: how likely are the rows' targets?"),
@@ -143,7 +146,13 @@ def enqueue(
         from worker.client import Order, Written, send_local, send_stored  # noqa: PLC0415 (the AWS SDK)
 
         place = None if output is None else Output(output, output_format)
-        order = Order(adapters=adapter, parameters=_parameters(parameter), task=task, output=place)
+        order = Order(
+            adapters=adapter,
+            parameters=_parameters(parameter),
+            workflow=workflow,
+            task=task,
+            output=place,
+        )
         sent = list[Written]()
 
         def on_sent(written: Written, name: str) -> None:

@@ -28,6 +28,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     adapters: Sequence[str] | None = None
     """One for all rows, or one for each."""
     parameters: Mapping[str, Any] = {}
+    workflow: str | None = None
     task: str | None = None
     output: Output | None = None
     """None is the worker's only one."""
@@ -47,6 +48,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         return Given(
             adapter=self.adapter,
             parameters=self.parameters or None,
+            workflow=self.workflow,
             task=Task.SCORE if self.task == Task.SCORE else Task.GENERATE,
         )
 
@@ -71,6 +73,7 @@ def write_job(inputs: Sequence[Any], order: Order, job_id: str) -> Written:
         id=job_id,
         adapters=scalar if scalar is not None else order.adapters,
         parameters=order.parameters or None,
+        model=order.workflow,
         task=order.task,
         output=order.output,
     )
@@ -88,6 +91,7 @@ def write_reference(stored: StoredObject, order: Order, job_id: str) -> Written:
         input={"uri": stored.uri, "etag": stored.etag},
         adapters=order.adapter,
         parameters=order.parameters or None,
+        model=order.workflow,
         task=order.task,
         output=order.output,
     )

@@ -13,6 +13,7 @@ LoramillError
 │   ├── InvalidLine          the row is not a row
 │   ├── InvalidParameters    unknown, ill-typed or contradictory generation parameters
 │   ├── PromptTooLong        prompt and max_new_tokens exceed max_model_len
+│   ├── ModelNotFound        neither the base model nor a workflow has that name
 │   ├── AdapterNotFound      no adapter of that name, or LoRA is off
 │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
 │   ├── Expired              not started within the job's ttl_seconds
@@ -29,7 +30,9 @@ LoramillError
 ├── RegistrationError    the adapter management API was asked for what cannot be: its answer, nobody else's
 │   ├── UnknownAdapter       404
 │   ├── AdapterTaken         409: the name is somebody else's
+│   ├── UnknownWorkflow      404
 │   ├── InvalidRegistration  400: the name, the source or the adapter itself
+│   │   └── InvalidWorkflow      a workflow.json that says nothing that could be done
 │   ├── RegistryUnavailable  503: S3 cannot be reached, or another worker is in charge
 │   └── StorageFull          507: the disk
 └── EngineFailed         the engine is broken: release every lease, end non-zero
@@ -107,6 +110,11 @@ class InvalidParameters(RowError):
 
 class PromptTooLong(RowError):
     code = "prompt_too_long"
+
+
+class ModelNotFound(RowError):
+    code = "model_not_found"
+    retryable = True
 
 
 class AdapterNotFound(RowError):
@@ -211,11 +219,15 @@ class ObjectTooLarge(StoreRefused):
 
 
 class RegistrationError(LoramillError):
-    """An adapter cannot be registered, changed or removed as asked; everything is as it was."""
+    """An adapter or workflow cannot be registered, changed or removed as asked; everything is as it was."""
 
 
 class UnknownAdapter(RegistrationError):
     """No adapter has this name."""
+
+
+class UnknownWorkflow(RegistrationError):
+    """No workflow has this name."""
 
 
 class AdapterTaken(RegistrationError):
@@ -224,6 +236,10 @@ class AdapterTaken(RegistrationError):
 
 class InvalidRegistration(RegistrationError):
     """The name, the source, or what lies there cannot be served."""
+
+
+class InvalidWorkflow(InvalidRegistration):
+    """A workflow.json cannot be read, or asks for what is not there."""
 
 
 class RegistryUnavailable(RegistrationError):

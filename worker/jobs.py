@@ -99,6 +99,8 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     parameters: object = None
     """Those that the row has no own value for; an object, or the row is refused."""
     task: Task = Task.GENERATE
+    workflow: str | None = None
+    """What rows are put through."""
     base_models: Collection[str] | None = None
     """Names of the base model; None where they are not known: then whatever can be no adapter's is one."""
 
@@ -133,6 +135,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What is scored after the input, of its kind; None, where `task` says score, is the input itself."""
     adapter: str | None = None
     """None is the base model."""
+    workflow: str | None = None
+    """What the row is put through instead; then it has no adapter of its own."""
     params: SamplingParams = SamplingParams()
     fills: bool = False
     """Generate as long as `max_model_len` allows, whatever `params.max_new_tokens` says."""

@@ -39,10 +39,15 @@ def read_book(path: Path) -> tuple[Registration, ...]:
 def write_book(path: Path, registrations: Iterable[Registration]) -> None:
     """Replace the file, in one step and on the disk before it returns. Blocking. Raises OSError."""
     book = _Book(tuple(sorted(registrations, key=lambda one: one.name)))
+    replace_file(path, msgspec.json.format(msgspec.json.encode(book), indent=1) + b"\n")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step and to the disk before it returns. Blocking. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
     with fresh.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(book), indent=1) + b"\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)

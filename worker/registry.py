@@ -123,6 +123,11 @@ class AdapterRegistry:
             raise AdapterInvalid(f"Adapter {name} is invalid: {one.trouble}", "file")
         return one.folder
 
+    async def source_of(self, name: str) -> str | None:
+        """Where a registered adapter that can be used came from; None when none has the name."""
+        one = self._registered.get(name)
+        return None if one is None or one.folder is None else one.said.src
+
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]:
         """Adapters by name from number `begin` on, and where the next page begins, if there is one.
 

@@ -14,6 +14,7 @@ import msgspec
 from adapters_sync.layout import AdapterFolder
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
+from worker.chains import no_workflow, run_chain
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import Cancelled, EngineFailed, Expired, RowError
@@ -31,6 +32,7 @@ from worker.jobs import (
     TokenDetail,
 )
 from worker.wire.checks import failure_of
+from worker.workflow import Workflow
 
 T = TypeVar("T")
 
@@ -77,6 +79,7 @@ class RowRunner:
     """Runs rows of many jobs at once, as many of one job as `flow` has room for.
 
     A job of more rows than a `LARGE`-th of that is a large one: its rows take turns with those of others.
+    `workflow` finds what a row is to be put through, or raises RowError.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class RowRunner:
         adapters: AdapterDirectory,
         flow: FlowControl,
         *,
+        workflow: Callable[[str], Workflow] = no_workflow,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._bridge = bridge
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._flow = flow
+        self._workflow = workflow
         self._clock = clock
         self._numbers = itertools.count()
         self._holds: set[Hold] = set()
@@ -186,6 +191,8 @@ class RowRunner:
         assert job is not None
         if row.failure is not None:
             return RowResult(row=row, failure=row.failure)
+        if row.workflow is not None:
+            return await self._chain(hold, row, row.workflow)
         version = None
         try:
             self._refuse_late(hold)
@@ -212,6 +219,13 @@ class RowRunner:
             failure=completion.failure,
             **details,
         )
+
+    async def _chain(self, hold: Hold, row: Row, name: str) -> RowResult:
+        try:
+            workflow = self._workflow(name)
+        except RowError as exc:
+            return RowResult(row=row, failure=failure_of(exc))
+        return await run_chain(workflow, row, lambda step: self._run(hold, step))
 
     async def _submit(self, request: InferenceRequest, adapter: AdapterFolder | None) -> Completion:
         tokens = len(request.prompt) + request.params.max_new_tokens

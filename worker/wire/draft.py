@@ -19,6 +19,7 @@ class Draft:
         self.id_is_sound = True
         self.given = given
         self.adapter: str | None = None
+        self.workflow = given.workflow
         self.origin: Origin | None = None
 
     def read_id(self, value: object, field: str, *, required: bool = False) -> None:
@@ -36,6 +37,12 @@ class Draft:
         Raises InvalidLine when it is no text, AdapterNotFound when no adapter can have that name.
         """
         said = value if self.given.override is None else self.given.override
+        if self.workflow is not None:
+            if said:
+                raise InvalidLine(
+                    f"the row's {field} is {show(said)}; the workflow {self.workflow} has adapters of its own"
+                )
+            return
         if said is not None and not isinstance(said, str):
             raise InvalidLine(f"the row's {field} is {show(said)}; it must be text")
         self.adapter = said or None
@@ -49,6 +56,7 @@ class Draft:
             index=self.index,
             id=self.id,
             adapter=self.adapter,
+            workflow=self.workflow,
             task=self.given.task,
             origin=self.origin,
             **fields,

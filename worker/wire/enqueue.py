@@ -18,6 +18,7 @@ def encode_job(
     input: Mapping[str, Any] | None = None,  # noqa: A002 - likewise
     adapters: str | Sequence[str | None] | None = None,
     parameters: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    model: str | None = None,
     task: str | None = None,
     ids: Sequence[str] | None = None,
     output: Output | None = None,
@@ -35,6 +36,7 @@ def encode_job(
         input=input,
         adapters=adapters,
         parameters=parameters,
+        model=model,
         task=task,
         ids=ids,
         output=None if output is None else {"uri": output.uri, "format": output.format},

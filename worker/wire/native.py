@@ -22,7 +22,7 @@ MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 ADAPTER_ATTRIBUTES = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 """Message attributes that name the adapter of every row, in lower case; the later one wins."""
 
-FIELDS = rows.FIELDS | {"version", "id", "input", "task", "output", "ttl_seconds", "metadata"}
+FIELDS = rows.FIELDS | {"version", "id", "input", "model", "task", "output", "ttl_seconds", "metadata"}
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -53,6 +53,7 @@ def decode(
         adapter = adapter_attribute(delivery.attributes)
         output = read_output(body.get("output"), output_prefixes)
         task = _read_task(body.get("task"), output)
+        workflow = read_model(body.get("model"), base_models)
         created_at = delivery.sent_at or now
         ttl = _read_ttl(body.get("ttl_seconds"))
         job = Job(
@@ -65,10 +66,13 @@ def decode(
         )
         if body.get("input") is not None:
             given = _read_given(body, adapter, task, base_models)
+            given = msgspec.structs.replace(given, workflow=workflow)
             source = read_source(body["input"], input_prefixes)
             return _as_part(msgspec.structs.replace(job, source=source, given=given), body)
         _refuse_part(body)
-        read = read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models)
+        read = read_rows(
+            body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models, workflow=workflow
+        )
         return msgspec.structs.replace(job, rows=read)
     except RecursionError as error:
         raise InvalidMessage("the body is nested too deeply") from error
@@ -166,6 +170,15 @@ def _read_task(value: object, output: Output) -> Task:
     return Task(value)
 
 
+def read_model(value: object, base_models: Collection[str] | None) -> str | None:
+    """The workflow that `model` names; None where it is absent, or a name of the base model's."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise InvalidMessage(f"model is {show(value)}; it must be the base model's name or a workflow's")
+    return None if base_models is not None and value in base_models else value
+
+
 def _read_given(
     body: Mapping[str, Any], adapter: str | None, task: Task, base_models: Collection[str] | None
 ) -> Given:
@@ -250,6 +263,8 @@ def _digest(body: Mapping[str, Any], output: Output, adapter: str | None) -> str
     asked["task"] = body.get("task") or "generate"
     asked["output"] = [output.uri, output.format]
     asked["adapter"] = adapter
+    if body.get("model") is not None:  # digests of jobs without one stay what they were
+        asked["model"] = body["model"]
     if isinstance(body.get("input"), dict):
         # Not the version: who named none meant the one that is there, which `located` adds.
         asked["input"] = {name: value for name, value in body["input"].items() if name != "etag"}

@@ -24,11 +24,13 @@ def read_rows(
     adapter: str | None = None,
     task: Task = Task.GENERATE,
     base_models: Collection[str] | None = None,
+    workflow: str | None = None,
 ) -> tuple[Row, ...]:
     """Read every row of a body, each in the format that it has.
 
     `adapter`, unless None, is for every row and wins over the body; "" is the base model. A row object's
     own `adapter` wins over `adapters`, and its own `parameters` over those of the same name in the body's.
+    With a `workflow` no row may name an adapter.
     """
     inputs = _inputs(body.get("inputs"), max_rows)
     adapters = _aligned(body, "adapters", len(inputs), str, "text")
@@ -42,6 +44,7 @@ def read_rows(
             override=adapter,
             parameters=parameters[index],
             task=task,
+            workflow=workflow,
             base_models=base_models,
         )
         draft = Draft(index, ids[index] if ids else str(index), given)

@@ -99,6 +99,7 @@ def encode_part(job: Job) -> str:
     body = encode_fields(
         id=job.id,
         input=encode_source(job.source, job.part),
+        model=job.given.workflow,
         adapters=job.given.adapter,
         parameters=job.given.parameters,
         task=job.given.task.value,

@@ -1,0 +1,237 @@
+"""Workflows on a registry of adapters: registered whole or not at all, and there again after a restart."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glue.registering import FakeLoader, Scene, run
+from tests.glue.support import until
+from worker.errors import (
+    AdapterTaken,
+    InvalidRegistration,
+    InvalidWorkflow,
+    ModelNotFound,
+    RegistrationError,
+    RowError,
+    StorageFull,
+    UnknownWorkflow,
+)
+from worker.workflow import Workflow, read_workflow
+from worker.workflows import Workflows
+
+MODEL = "s3://bucket/llama/"
+
+
+def workflow(name: str = "w", model: object = MODEL, **adapters: str) -> Workflow:
+    """Of these adapters by key, one after the other."""
+    value: Any = "in"
+    for key in adapters:
+        value = ["adapter", key, value]
+    said = {
+        "name": name,
+        "models": {"m": model},
+        "configs": {"adapters": {key: {"model": "m", "src": src} for key, src in adapters.items()}},
+        "workflow": {"out": value if adapters else ["m", "in"]},
+    }
+    return read_workflow(json.dumps(said).encode())
+
+
+class Place:
+    """A worker's workflows; another on the same folder is that worker after a restart."""
+
+    def __init__(self, root: Path, *, lora: bool = True) -> None:
+        self.root = root
+        self.scene = Scene(root, FakeLoader(places=8))
+        adapters = self.scene.registry if lora else None
+        self.workflows = Workflows(adapters, [MODEL], ["llama"], root / "workflows")
+
+    async def restarted(self) -> "Place":
+        self.scene.registry.close()
+        place = Place(self.root)
+        await place.scene.registry.start()
+        await place.workflows.start()
+        return place
+
+
+@pytest.fixture
+def play(tmp_path):
+    def runner(scenario: Callable[[Place], Awaitable[None]], **options: Any) -> None:
+        async def main() -> None:
+            await scenario(Place(tmp_path, **options))
+
+        run(main)
+
+    return runner
+
+
+def test_several_workflows_share_the_model_and_have_adapters_of_their_own(play):
+    async def scenario(place):
+        for name in ("one", "two"):
+            await place.workflows.register(workflow(name, a=place.scene.source(name, fill=len(name))))
+        assert place.workflows.names == ["one", "two"]
+        assert await place.scene.names() == ["one.a", "two.a"]
+        assert place.workflows.find("one").name == "one"
+
+    play(scenario)
+
+
+def test_what_a_workflow_calls_the_model_is_of_no_account(play):
+    async def scenario(place):
+        await place.workflows.register(workflow("one", MODEL.rstrip("/")))
+        with pytest.raises(InvalidWorkflow, match=r"models\.m\.url is 's3://bucket/other/'; this worker"):
+            await place.workflows.register(workflow("two", "s3://bucket/other/"))
+        assert place.workflows.names == ["one"]
+
+    play(scenario)
+
+
+def test_another_version_of_the_model_is_another_model(play):
+    async def scenario(place):
+        await place.workflows.register(workflow("one", {"url": MODEL, "version": "1"}))
+        await place.workflows.register(workflow("same", {"url": MODEL, "version": "1"}))
+        await place.workflows.register(workflow("any"))
+        with pytest.raises(InvalidWorkflow, match=r"version is '2'; this worker's is '1', as the workflow"):
+            await place.workflows.register(workflow("two", {"url": MODEL, "version": "2"}))
+
+    play(scenario)
+
+
+def test_one_bad_adapter_fails_the_workflow_and_leaves_nothing_of_it(play):
+    async def scenario(place):
+        good = place.scene.source("good")
+        place.scene.loader.bad["w.b"] = "it does not fit"
+        with pytest.raises(RowError, match="it does not fit"):
+            await place.workflows.register(workflow(a=good, b=place.scene.source("bad", fill=2)))
+        with pytest.raises(InvalidRegistration):
+            await place.workflows.register(workflow(a=good, b=str(place.root / "nowhere")))
+        assert place.workflows.names == []
+        assert await place.scene.names() == []
+        with pytest.raises(ModelNotFound, match="The model w was not found"):
+            place.workflows.find("w")
+        await place.workflows.register(workflow(a=good))
+
+    play(scenario)
+
+
+def test_a_name_is_taken_once(play):
+    async def scenario(place):
+        await place.workflows.register(workflow(a=place.scene.source("a")))
+        for name in ("w", "llama"):
+            with pytest.raises(AdapterTaken, match=f"The workflow {name} is registered already"):
+                await place.workflows.register(workflow(name))
+        assert await place.scene.names() == ["w.a"]
+
+    play(scenario)
+
+
+def test_an_adapter_that_somebody_registered_by_that_name_is_not_taken_over(play):
+    async def scenario(place):
+        await place.scene.registry.register("w.a", place.scene.source("theirs", fill=3))
+        before = place.scene.version("w.a")
+        with pytest.raises(AdapterTaken):
+            await place.workflows.register(workflow(a=place.scene.source("ours", fill=4)))
+        assert place.scene.version("w.a") == before
+
+    play(scenario)
+
+
+def test_deleted_it_is_gone_with_its_adapters(play):
+    async def scenario(place):
+        await place.workflows.register(workflow(a=place.scene.source("a")))
+        await place.workflows.delete("w")
+        assert await place.scene.names() == []
+        for gone in (place, await place.restarted()):
+            with pytest.raises(UnknownWorkflow):
+                gone.workflows.describe("w")
+            with pytest.raises(UnknownWorkflow):
+                await gone.workflows.delete("w")
+
+    play(scenario)
+
+
+def test_it_is_there_again_after_a_restart(play):
+    async def scenario(place):
+        asked = workflow(a=place.scene.source("a"), b=place.scene.source("b", fill=2))
+        await place.workflows.register(asked)
+        version = place.scene.version("w.a")
+        again = await place.restarted()
+        assert again.workflows.find("w") == asked
+        assert again.scene.version("w.a") == version
+
+    play(scenario)
+
+
+def test_what_cannot_be_served_any_more_is_told_to_whoever_calls_it(play, tmp_path):
+    async def scenario(place):
+        await place.workflows.register(workflow(a=place.scene.source("a")))
+        (tmp_path / "workflows" / "broken.json").write_text("{")
+        place.scene.registry.close()
+        elsewhere = Place(tmp_path)
+        elsewhere.workflows = Workflows(elsewhere.scene.registry, ["s3://other/"], [], tmp_path / "workflows")
+        await elsewhere.scene.registry.start()
+        await elsewhere.workflows.start()
+        assert elsewhere.workflows.names == []
+        with pytest.raises(ModelNotFound, match=r"The workflow w cannot be served: models\.m\.url is"):
+            elsewhere.workflows.find("w")
+        with pytest.raises(ModelNotFound, match=r"The workflow broken cannot be served: .* cannot be read"):
+            elsewhere.workflows.find("broken")
+
+    play(scenario)
+
+
+def test_replacing_changes_what_differs_and_nothing_else(play):
+    async def scenario(place):
+        first = workflow(a=place.scene.source("a"))
+        await place.workflows.replace(first)
+        loaded = len(place.scene.loader.loading)
+        await place.workflows.replace(first)
+        assert len(place.scene.loader.loading) == loaded
+        await place.workflows.replace(workflow(b=place.scene.source("b", fill=2)))
+        assert await place.scene.names() == ["w.b"]
+
+    play(scenario)
+
+
+def test_without_lora_a_workflow_of_the_model_alone_is_served(play):
+    async def scenario(place):
+        await place.workflows.register(workflow("plain"))
+        with pytest.raises(InvalidWorkflow, match="LoRA is not enabled"):
+            await place.workflows.register(workflow(a=place.scene.source("a")))
+
+    play(scenario, lora=False)
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing(play, monkeypatch):
+    async def scenario(place):
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("worker.workflows.replace_file", full)
+        with pytest.raises(StorageFull, match="The workflow w cannot be kept"):
+            await place.workflows.register(workflow(a=place.scene.source("a")))
+        assert await place.scene.names() == []
+
+    play(scenario)
+
+
+def test_a_caller_who_goes_leaves_nothing_half_done(play):
+    async def scenario(place):
+        source = place.scene.source("a")
+        place.scene.loader.may_load.clear()
+        task = asyncio.create_task(place.workflows.register(workflow(a=source)))
+        await until(lambda: place.scene.loader.loading)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        place.scene.loader.may_load.set()
+        assert place.workflows.names == []
+        try:
+            await place.workflows.register(workflow(a=source))
+        except RegistrationError as error:
+            pytest.fail(f"it cannot be registered now: {error}")
+
+    play(scenario)

@@ -1,0 +1,42 @@
+"""A row through a workflow: the model's answer to one call is what the next is asked."""
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from worker.errors import InvalidLine, ModelNotFound
+from worker.jobs import Row, RowResult, Task
+from worker.wire.checks import failure_of
+from worker.workflow import IN, Workflow
+
+_ONE_CALL = 1
+
+
+def no_workflow(name: str) -> Workflow:
+    """Where there are none. Raises ModelNotFound."""
+    raise ModelNotFound(f"The model {name} was not found")
+
+
+async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable[RowResult]]) -> RowResult:
+    """What the workflow's last call says. All calls have the row's parameters, and all tokens are counted.
+
+    `run` takes a row that is put through one adapter, or the base model. The result is told of the last
+    call's adapter; the first call that fails is the row's failure.
+    """
+    if row.task is Task.SCORE and len(workflow.calls) > _ONE_CALL:
+        refused = InvalidLine(f"the workflow {workflow.name} has several calls; a score is of one")
+        return RowResult(row=row, failure=failure_of(refused))
+    said: dict[str, str] = {}
+    prompt_tokens = completion_tokens = 0
+    for call in workflow.calls:
+        adapter = None if call.adapter is None else workflow.adapter_name(call.adapter)
+        step = msgspec.structs.replace(row, adapter=adapter, workflow=None)
+        if call.argument != IN:
+            step = msgspec.structs.replace(step, text=said[call.argument], tokens=None, messages=None)
+        result = await run(step)
+        prompt_tokens += result.prompt_tokens
+        completion_tokens += result.completion_tokens
+        if result.failure is not None:
+            break
+        said[call.value] = result.text or ""
+    return msgspec.structs.replace(result, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)

@@ -1,0 +1,221 @@
+"""The workflows of a worker: registered names for calls of its model and adapters, one after the other.
+
+All workflows that name the worker's model share it: what they call it is of no account, its place and its
+version are. One that names another model is refused, since its rows would be answered by the wrong one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from worker.errors import (
+    AdapterTaken,
+    InvalidWorkflow,
+    LoramillError,
+    ModelNotFound,
+    RegistrationError,
+    StorageFull,
+    UnknownWorkflow,
+)
+from worker.registrations import replace_file
+from worker.workflow import Workflow
+
+logger = logging.getLogger(__name__)
+
+
+class Adapters(Protocol):
+    """What a workflow's adapters are registered with; see AdapterRegistry."""
+
+    async def register(
+        self,
+        name: str,
+        src: str,
+        *,
+        preload: bool = True,
+        pin: bool = False,
+        options: dict[str, str] | None = None,
+    ) -> None: ...
+    async def delete(self, name: str) -> None: ...
+    async def source_of(self, name: str) -> str | None: ...
+
+
+class Workflows:
+    """Use it from one event loop. A workflow is registered whole, with all its adapters, or not at all."""
+
+    def __init__(
+        self, adapters: Adapters | None, urls: Collection[str], reserved: Collection[str], folder: Path | None
+    ) -> None:
+        """`urls` are the places of the worker's model, `reserved` names that no workflow may have.
+
+        `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart.
+        """
+        self._adapters = adapters
+        self._urls = {_canonical(url) for url in urls}
+        self._reserved = frozenset(reserved)
+        self._folder = folder
+        self._workflows: dict[str, Workflow] = {}
+        self._failed: dict[str, str] = {}
+        """Why workflows that were there before cannot be served now."""
+        self._changing = asyncio.Lock()
+
+    def find(self, name: str) -> Workflow:
+        """Raises ModelNotFound."""
+        found = self._workflows.get(name)
+        if found is None and name in self._failed:
+            raise ModelNotFound(f"The workflow {name} cannot be served: {self._failed[name]}")
+        if found is None:
+            raise ModelNotFound(f"The model {name} was not found")
+        return found
+
+    def describe(self, name: str) -> Workflow:
+        """Raises UnknownWorkflow."""
+        found = self._workflows.get(name)
+        if found is None:
+            raise UnknownWorkflow(f"The workflow {name} was not found")
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._workflows)
+
+    async def start(self) -> None:
+        """Register again what was there before. What fails is logged, and told to whoever calls it."""
+        for path, workflow in await asyncio.to_thread(_read_all, self._folder):
+            try:
+                if workflow is None:
+                    raise InvalidWorkflow(f"{path} cannot be read")
+                await self._register(workflow)
+            except LoramillError as error:
+                self._failed[path.stem] = str(error)
+                logger.error(  # noqa: TRY400 (what it was is in the message)
+                    "a workflow could not be registered again",
+                    extra={"workflow": path.stem, "reason": str(error)},
+                )
+
+    async def register(self, workflow: Workflow) -> None:
+        """Have calls of the workflow's name do what it says, from now on and after a restart.
+
+        Raises RegistrationError or RowError, and then nothing is registered; AdapterTaken when something has
+        the name.
+        """
+        async with self._changing:
+            if workflow.name in self._workflows or workflow.name in self._reserved:
+                raise AdapterTaken(f"The workflow {workflow.name} is registered already")
+            fresh = await self._register_adapters(workflow)
+            try:
+                await asyncio.to_thread(_write, self._folder, workflow)
+            except OSError as error:
+                await self._forget(fresh)
+                raise StorageFull(f"The workflow {workflow.name} cannot be kept: {error}") from error
+            self._take(workflow)
+
+    async def replace(self, workflow: Workflow) -> None:
+        """As `register`, but a workflow that has the name goes first, unless it is the same."""
+        if self._workflows.get(workflow.name) == workflow:
+            return
+        if workflow.name in self._workflows:
+            await self.delete(workflow.name)
+        await self.register(workflow)
+
+    async def delete(self, name: str) -> None:
+        """Raises RegistrationError. Rows that began with one of its adapters end with that."""
+        async with self._changing:
+            workflow = self.describe(name)
+            del self._workflows[name]
+            if self._folder is not None:
+                (self._folder / f"{name}.json").unlink(missing_ok=True)
+            await self._forget([workflow.adapter_name(key) for key in workflow.adapters])
+        logger.info("workflow unregistered", extra={"workflow": name})
+
+    async def _register(self, workflow: Workflow) -> None:
+        async with self._changing:
+            await self._register_adapters(workflow)
+            self._take(workflow)
+
+    def _take(self, workflow: Workflow) -> None:
+        self._failed.pop(workflow.name, None)
+        self._workflows[workflow.name] = workflow
+        logger.info("workflow registered", extra={"workflow": workflow.name, "calls": len(workflow.calls)})
+
+    async def _register_adapters(self, workflow: Workflow) -> list[str]:
+        """Returns those that were not there before."""
+        self._check_models(workflow)
+        if workflow.adapters and self._adapters is None:
+            raise InvalidWorkflow("LoRA is not enabled.")
+        fresh: list[str] = []
+        try:
+            for key, source in workflow.adapters.items():
+                assert self._adapters is not None
+                name = workflow.adapter_name(key)
+                if await self._adapters.source_of(name) == source.src:
+                    continue  # registered before a restart
+                await self._adapters.register(name, source.src, options=source.options)
+                fresh.append(name)
+        except BaseException:
+            await asyncio.shield(self._forget(fresh))
+            raise
+        return fresh
+
+    def _check_models(self, workflow: Workflow) -> None:
+        versions = {
+            source.version: other.name
+            for other in self._workflows.values()
+            for source in other.models.values()
+            if source.version
+        }
+        for key, source in workflow.models.items():
+            if _canonical(source.url) not in self._urls:
+                served = " or ".join(sorted(self._urls))
+                raise InvalidWorkflow(
+                    f"models.{key}.url is {source.url!r}; this worker serves {served} and no other model"
+                )
+            if source.version and versions and source.version not in versions:
+                version, other = next(iter(versions.items()))
+                raise InvalidWorkflow(
+                    f"models.{key}.version is {source.version!r}; this worker's is {version!r}, as the "
+                    f"workflow {other} has it"
+                )
+            if source.version:
+                versions[source.version] = workflow.name
+
+    async def _forget(self, names: Iterable[str]) -> None:
+        assert self._adapters is not None or not names
+        for name in names:
+            try:
+                assert self._adapters is not None
+                await self._adapters.delete(name)
+            except RegistrationError as error:
+                logger.warning(
+                    "an adapter of a workflow could not be removed",
+                    extra={"adapter": name, "reason": str(error)},
+                )
+
+
+def _canonical(url: str) -> str:
+    """One spelling for each place: S3 prefixes and folders with and without a slash at the end."""
+    if url.startswith("s3://"):
+        return url.rstrip("/")
+    folder = Path(url.removeprefix("file://")).expanduser()
+    return str(folder.resolve()) if folder.exists() else url.rstrip("/")
+
+
+def _read_all(folder: Path | None) -> list[tuple[Path, Workflow | None]]:
+    if folder is None or not folder.is_dir():
+        return []
+    return [(path, _read(path)) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path) -> Workflow | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Workflow)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write(folder: Path | None, workflow: Workflow) -> None:
+    if folder is not None:
+        replace_file(folder / f"{workflow.name}.json", msgspec.json.encode(workflow))
