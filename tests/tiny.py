@@ -63,6 +63,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         [*ATTENTION, *MLP],
     ),
     "phi3": ("Phi3Config", _COMMON, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
     "gpt2": (
         "GPT2Config",
         {**_GPT, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 160},

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from worker.engine.adapter_loader import AdapterLoader
+from worker.engine.adapter_tokenizers import AdapterTokenizers
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
@@ -36,6 +37,7 @@ class Harness:
         kernels: bool | None = None,
         tuner: Tuner | None = None,
         look_ahead: bool | None = None,
+        lora_extra_vocab_size: int = 256,
     ) -> None:
         self.base = load_base_model(
             base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
@@ -46,6 +48,7 @@ class Harness:
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
             lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
+            lora_extra_vocab_size=lora_extra_vocab_size,
         )
         self.runner = ModelRunner(
             self.base,
@@ -70,6 +73,10 @@ class Harness:
                 max_lora_rank=limits.max_lora_rank,
                 dtype=limits.lora_dtype,
                 pin=self.base.device.type == "cuda",
+                lora_extra_vocab_size=limits.lora_extra_vocab_size,
+                base_dtype=self.base.dtype,
+                base_rows=self.runner.base_rows,
+                tokenizers=AdapterTokenizers().read,
             ),
             max_cpu_loras=64,
         )
@@ -91,6 +98,7 @@ class Harness:
         self.base.model.get_input_embeddings()._forward_hooks.clear()
         for slot in range(self._limits.max_loras):
             self.runner._executor.lora.clear(slot)
+            self.runner._executor.changes.clear(slot)
         blocks, size = self.runner.cache_shape
         self.runner.scrub(Leftover(block, 0, size) for block in range(blocks))
         self._start()

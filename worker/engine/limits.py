@@ -13,3 +13,4 @@ class EngineLimits(NamedTuple):
     max_loras: int
     max_lora_rank: int
     lora_dtype: torch.dtype
+    lora_extra_vocab_size: int = 256
