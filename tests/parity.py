@@ -49,12 +49,12 @@ class Shape(NamedTuple):
 
     @property
     def targets(self) -> list[str]:
-        return tiny.ARCHITECTURES[self.architecture][2]
+        return tiny.ALL[self.architecture][2]
 
     @property
     def is_tied(self) -> bool:
         default = self.architecture == "gpt2"
-        settings = tiny.ARCHITECTURES[self.architecture][1]
+        settings = tiny.ALL[self.architecture][1]
         return bool({**settings, **self.changes}.get("tie_word_embeddings", default))
 
     @property

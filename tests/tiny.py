@@ -63,7 +63,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         [*ATTENTION, *MLP],
     ),
     "phi3": ("Phi3Config", _COMMON, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
-    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
     "gpt2": (
         "GPT2Config",
         {**_GPT, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 160},
@@ -100,6 +99,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
 }
 
+WITH_EXPERTS = {
+    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION)
+}
+"""Whose experts see other tokens than the rest, so that not all that adapters do is served."""
+ALL = {**ARCHITECTURES, **WITH_EXPERTS}
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, then the EOS."""
@@ -112,7 +117,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def make_base(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A random base model with tokenizer, saved in `folder`."""
-    name, settings, _ = ARCHITECTURES[architecture]
+    name, settings, _ = ALL[architecture]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**settings, **changes}))
     model.save_pretrained(folder)

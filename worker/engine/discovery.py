@@ -101,7 +101,7 @@ class _Ends(NamedTuple):
 
 def _ends(model: PreTrainedModel) -> _Ends:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     return _Ends(model.get_input_embeddings(), head, tied)
 
 
