@@ -220,11 +220,13 @@ def _reason(exc: Exception) -> str:
     return " ".join(str(exc).split())[:110]
 
 
-def cells(shape: Shape, features: Iterable[str], folder: Path) -> Iterator[tuple[str, str]]:
+def cells(
+    shape: Shape, features: Iterable[str], folder: Path, device: str = "cpu"
+) -> Iterator[tuple[str, str]]:
     """The cells of an architecture, by feature."""
     base = tiny.make_base(folder / "base", shape.architecture, **shape.changes)
     plain = tiny.load_base(base)
-    harness = Harness(base, max_loras=4, max_num_seqs=9, max_num_batched_tokens=40)
+    harness = Harness(base, device=device, max_loras=4, max_num_seqs=9, max_num_batched_tokens=40)
     tuned: dict[str, Tuned] = {}
     keys: dict[str, AdapterKey | None] = {"base": None}
     for number, name in enumerate(features):

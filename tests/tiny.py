@@ -115,6 +115,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
+def write_tokenizer(folder: Path, names: list[str], *, eos: str = EOS, template: str = CHAT_TEMPLATE) -> None:
+    """That of an adapter which brings these tokens, after all rows that a base model has."""
+    own = tokenizer()
+    own.add_tokens([f"<unused{number}>" for number in range(len(own), _VOCAB)])
+    own.add_tokens(names)
+    own.eos_token, own.chat_template = eos, template
+    assert own.convert_tokens_to_ids(names) == list(range(_VOCAB, _VOCAB + len(names)))
+    own.save_pretrained(folder)
+
+
 def make_base(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A random base model with tokenizer, saved in `folder`."""
     name, settings, _ = ALL[architecture]

@@ -22,19 +22,6 @@ NAMES = [f"<new{number}>" for number in range(parity.NEW_TOKENS)]
 PROMPTS = [(1, 2, 3), (40, 41), (7,) * 9, tuple(range(100, 130))]
 
 
-def write_tokenizer(folder, *, eos=None, template=None):
-    """Bytes, then what fills the base model's rows, then an adapter's own tokens."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens([f"<unused{number}>" for number in range(len(tokenizer), ROWS)])
-    tokenizer.add_tokens(NAMES)
-    assert tokenizer.convert_tokens_to_ids(NAMES[0]) == FIRST_NEW
-    if eos is not None:
-        tokenizer.eos_token = eos
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def made(llama, tmp_path_factory):
     """By feature, adapters of `llama` and PEFT's models of them."""
@@ -194,7 +181,7 @@ def test_own_tokens_are_scored_as_any(made, llama):
 
 def test_text_is_that_of_the_adapters_own_tokenizer_and_its_eos_ends(made, llama, tmp_path):
     folder = shutil.copytree(made("added tokens").folder, tmp_path / "own")
-    write_tokenizer(folder, eos=NAMES[3])
+    tiny.write_tokenizer(folder, NAMES, eos=NAMES[3])
     harness = Harness(llama)
     key = harness.adapter(folder)
     bias = {"logit_bias": ((FIRST_NEW, 100.0),)}
@@ -353,14 +340,14 @@ def test_routers_and_experts_are_not_replaced(tmp_path):
 )
 def test_a_tokenizer_that_cannot_be_read_is_refused(name, content, folder_of, llama):
     folder = folder_of("LoRA")
-    write_tokenizer(folder)
+    tiny.write_tokenizer(folder, NAMES)
     (folder / name).write_bytes(content)
     assert "its tokenizer cannot be read" in refusal(folder, llama)
 
 
 def test_a_tokenizer_that_is_a_link_is_refused(folder_of, llama, tmp_path):
     folder = folder_of("LoRA")
-    write_tokenizer(folder)
+    tiny.write_tokenizer(folder, NAMES)
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     assert "tokenizer.json is a link" in refusal(folder, llama)
