@@ -21,7 +21,14 @@ from adapters_sync.paths import MirrorPaths
 
 _logger = logging.getLogger(__name__)
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
-"""PEFT's name of a LoRA weight. Tensors with other names are for the worker to judge."""
+"""PEFT's name of a LoRA weight. Tensors with names that are none of these are for the worker to judge."""
+_EMBEDDING_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])", re.DOTALL)
+_WHOLE_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+?)"
+    r"(\.base_layer|\.token_adapter\.base_layer|\.modules_to_save|\.original_module)?\.weight",
+    re.DOTALL,
+)
+"""An embedding or a head, as PEFT writes it when tokens were added or it was trained as a whole."""
 
 
 class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +40,25 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
     """Why a module cannot take it, by name."""
     max_lora_rank: int | None = None
     """The largest rank that is served."""
+    vocabularies: Mapping[str, tuple[int, int]] = {}
+    """Tokens and features of every module whose weight has a row for each token, by name."""
+    lora_extra_vocab_size: int | None = None
+    """Tokens that an adapter may bring."""
 
     def check(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Raise InvalidAdapter for the first LoRA weight, by name, that this model has no place for."""
+        """Raise InvalidAdapter for the first tensor, by name, that this model has no place for.
+
+        Looked at are LoRA weights, and embeddings and heads, which may have rows for tokens of the adapter's.
+        """
         for name, tensor in sorted(tensors.items()):
             if found := _TENSOR.fullmatch(name):
                 self._check(name, tensor.shape, found["module"], found["side"])
+            elif found := _EMBEDDING_TENSOR.fullmatch(name):
+                self._check_embedding(name, tensor.shape, found["module"], found["side"])
+            elif (found := _WHOLE_TENSOR.fullmatch(name)) and found["module"] in self.vocabularies:
+                tokens, features = self.vocabularies[found["module"]]
+                self._check_tokens(name, tensor.shape, 0, tokens)
+                self._check_shape(name, tensor.shape, (None, features), f"[{tokens} or more, {features}]")
 
     def _check(self, tensor: str, shape: tuple[int, ...], module: str, side: str) -> None:
         if module in self.refused:
@@ -47,10 +67,41 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidAdapter(f"tensor {shown(tensor)} is for a module that the base model does not have")
         features_in, features_out = self.modules[module]
         if side == "A":
-            fits, needed = shape[1:] == (features_in,), f"[rank, {features_in}]"
+            self._check_shape(tensor, shape, (None, features_in), f"[rank, {features_in}]")
+        elif module in self.vocabularies:
+            self._check_tokens(tensor, shape, 0, features_out)
+            self._check_shape(tensor, shape, (None, None), f"[{features_out} or more, rank]")
         else:
-            fits, needed = len(shape) == 2 and shape[0] == features_out, f"[{features_out}, rank]"
-        if not fits:
+            self._check_shape(tensor, shape, (features_out, None), f"[{features_out}, rank]")
+
+    def _check_embedding(self, tensor: str, shape: tuple[int, ...], module: str, side: str) -> None:
+        if module not in self.vocabularies:
+            return  # the worker knows more kinds of embeddings
+        tokens, features = self.vocabularies[module]
+        if side == "A":
+            self._check_tokens(tensor, shape, 1, tokens)
+            self._check_shape(tensor, shape, (None, None), f"[rank, {tokens} or more]")
+        else:
+            self._check_shape(tensor, shape, (features, None), f"[{features}, rank]")
+
+    def _check_tokens(self, tensor: str, shape: tuple[int, ...], axis: int, tokens: int) -> None:
+        """Of so many in the base model an adapter has all, and a few more."""
+        if len(shape) != 2:
+            return  # which its shape is refused for
+        brought, limit = shape[axis] - tokens, self.lora_extra_vocab_size
+        if brought < 0:
+            raise InvalidAdapter(
+                f"tensor {shown(tensor)} has shape {list(shape)}; the base model has {tokens} tokens"
+            )
+        if limit is not None and brought > limit:
+            raise InvalidAdapter(f"tensor {shown(tensor)} brings {brought} tokens; the limit is {limit}")
+
+    @staticmethod
+    def _check_shape(
+        tensor: str, shape: tuple[int, ...], expected: tuple[int | None, int | None], needed: str
+    ) -> None:
+        pairs = zip(shape, expected, strict=False)
+        if len(shape) != 2 or any(size not in {own, None} for own, size in pairs):
             raise InvalidAdapter(
                 f"tensor {shown(tensor)} has shape {list(shape)}; the base model needs {needed}"
             )

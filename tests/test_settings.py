@@ -259,7 +259,6 @@ def test_keys_that_size_djls_workers_are_noted_and_not_swallowed():
     [
         ("tensor_parallel_degree", "2"),
         ("tensor_parallel_degree", "max"),
-        ("lora_extra_vocab_size", "256"),
         ("long_lora_scaling_factors", "0.5"),
     ],
 )
@@ -269,9 +268,7 @@ def test_what_this_version_does_not_do_is_refused(name, value):
 
 
 def test_neutral_values_of_what_this_version_does_not_do_are_accepted():
-    properties = (
-        "option.tensor_parallel_degree=1\noption.lora_extra_vocab_size=0\noption.fully_sharded_loras=no\n"
-    )
+    properties = "option.tensor_parallel_degree=1\noption.fully_sharded_loras=no\n"
     assert read_settings(environ={}, properties=properties).fully_sharded_loras is False
 
 

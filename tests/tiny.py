@@ -99,6 +99,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
 }
 
+WITH_EXPERTS = {
+    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION)
+}
+"""Whose experts see other tokens than the rest, so that not all that adapters do is served."""
+ALL = {**ARCHITECTURES, **WITH_EXPERTS}
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, then the EOS."""
@@ -109,9 +115,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
+def write_tokenizer(folder: Path, names: list[str], *, eos: str = EOS, template: str = CHAT_TEMPLATE) -> None:
+    """That of an adapter which brings these tokens, after all rows that a base model has."""
+    own = tokenizer()
+    own.add_tokens([f"<unused{number}>" for number in range(len(own), _VOCAB)])
+    own.add_tokens(names)
+    own.eos_token, own.chat_template = eos, template
+    assert own.convert_tokens_to_ids(names) == list(range(_VOCAB, _VOCAB + len(names)))
+    own.save_pretrained(folder)
+
+
 def make_base(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A random base model with tokenizer, saved in `folder`."""
-    name, settings, _ = ARCHITECTURES[architecture]
+    name, settings, _ = ALL[architecture]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**settings, **changes}))
     model.save_pretrained(folder)

@@ -25,6 +25,7 @@ from worker.bridge import Bridge
 from worker.commit import Committer, Provenance
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
+from worker.engine.adapter_tokenizers import AdapterTokenizers
 from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
 from worker.engine.discovery import foresee
 from worker.engine.engine import Engine
@@ -68,6 +69,7 @@ class Core(NamedTuple):
     base: BaseModel
     engine: Engine
     store: LoRAStore
+    tokenizers: AdapterTokenizers
     targets: Mapping[str, Target]
     """What adapters may name."""
     cache_tokens: int
@@ -138,7 +140,13 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             on_missing=mirror.wake if mirror is not None else lambda: None,
             registered=registered.find if registered is not None else lambda _: None,
         )
-        rows = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
+        rows = RowRunner(
+            bridge,
+            core.base.tokenizer,
+            adapters,
+            flow_of(settings, core),
+            own_tokenizer=core.tokenizers.of,
+        )
         runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
         intake = Intake(
             queue,
@@ -192,10 +200,12 @@ def build_core(settings: Settings, weights: str) -> Core:
         lora_dtype=dtype,
         rope=base.rope,
         lora_mode=LoRAMode(settings.lora_mode),
+        lora_extra_vocab_size=settings.lora_extra_vocab_size,
     )
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
     runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    tokenizers = AdapterTokenizers()
     store = LoRAStore(
         AdapterLoader(
             runner.targets,
@@ -203,6 +213,10 @@ def build_core(settings: Settings, weights: str) -> Core:
             dtype=dtype,
             pin=device.type == "cuda",
             rope=base.rope,
+            lora_extra_vocab_size=settings.lora_extra_vocab_size,
+            base_dtype=base.dtype,
+            base_rows=runner.base_rows,
+            tokenizers=tokenizers.read,
         ),
         settings.cpu_loras,
         settings.max_cpu_lora_bytes,
@@ -231,7 +245,7 @@ def build_core(settings: Settings, weights: str) -> Core:
         },
     )
     shape = runner.cache_shape
-    return Core(base, engine, store, runner.targets, shape.num_blocks * shape.block_size)
+    return Core(base, engine, store, tokenizers, runner.targets, shape.num_blocks * shape.block_size)
 
 
 def _tuner(settings: Settings, device: torch.device) -> Tuner:
@@ -255,9 +269,19 @@ def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
     paths = MirrorPaths(folder.resolve())
     place = paths.base_model_file.parent
     told = AdapterBase(
-        modules={n: (one.in_features, one.out_features) for n, one in targets.items() if not one.refused},
+        modules={
+            name: (one.in_features, one.out_features)
+            for name, one in targets.items()
+            if not one.refused and not one.is_embedding
+        },
         refused={name: one.refused for name, one in targets.items() if one.refused},
         max_lora_rank=settings.max_lora_rank,
+        vocabularies={
+            name: (one.num_tokens, one.in_features if one.is_head else one.out_features)
+            for name, one in targets.items()
+            if one.has_tokens and not one.fixed
+        },
+        lora_extra_vocab_size=settings.lora_extra_vocab_size,
     )
     try:
         if settings.sync:

@@ -38,7 +38,8 @@ async def run_rows(
     # Nobody uploads anything here: what is not there when a row comes is not waited for.
     adapters = AdapterDirectory(settings.adapters_path if settings.lora_enabled else None, wait_seconds=0)
     async with Bridge(core.engine, core.store, max_passed_over=settings.max_passed_over) as bridge:
-        runner = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
+        flow = flow_of(settings, core)
+        runner = RowRunner(bridge, core.base.tokenizer, adapters, flow, own_tokenizer=core.tokenizers.of)
         with runner.hold() as hold:
             hold.take(job)
             async with _telling(hold, on_left), aclosing(rows_of(job, source)) as rows:

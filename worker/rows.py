@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ from worker.bridge import Bridge
 from worker.chains import no_workflow, run_chain
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
-from worker.errors import Cancelled, EngineFailed, Expired, RowError
+from worker.errors import Cancelled, EngineFailed, Expired, RowError, RowFailed
 from worker.flow import FlowControl
 from worker.in_order import InOrder
 from worker.jobs import (
@@ -63,6 +64,8 @@ class Hold:
 class _Encoded(NamedTuple):
     """What a row gives the model."""
 
+    tokenizer: Tokenizer
+    """The adapter's own, or the base model's."""
     text: str
     """The prompt; empty where nobody asks for it."""
     tokens: tuple[int, ...]
@@ -90,13 +93,16 @@ class RowRunner:
         flow: FlowControl,
         *,
         workflow: Callable[[str], Workflow] = no_workflow,
+        own_tokenizer: Callable[[AdapterKey, Path], Tokenizer | None] = lambda *_: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`own_tokenizer` gives the one that an adapter brings in its folder; it may block."""
         self._bridge = bridge
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._flow = flow
         self._workflow = workflow
+        self._own_tokenizer = own_tokenizer
         self._clock = clock
         self._numbers = itertools.count()
         self._holds: set[Hold] = set()
@@ -199,7 +205,7 @@ class RowRunner:
             async with self._using(hold, row.adapter) as adapter:
                 self._refuse_late(hold)  # it may have waited long
                 version = None if adapter is None else adapter.version
-                encoded = await asyncio.to_thread(self._encode, row)
+                encoded = await asyncio.to_thread(self._encode, row, adapter)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
                 completion = await self._submit(self._request(job, row, encoded, key), adapter)
         except RowError as exc:
@@ -253,17 +259,27 @@ class RowRunner:
         async with self._adapters.use(name, time.monotonic() - hold.began) as folder:
             yield folder
 
-    def _encode(self, row: Row) -> "_Encoded":
+    def _encode(self, row: Row, adapter: AdapterFolder | None) -> "_Encoded":
+        tokenizer = self._tokenizer_of(adapter)
         if row.task is Task.SCORE:
-            return _Encoded("", *read_pair(self._tokenizer, row))
+            return _Encoded(tokenizer, "", *read_pair(tokenizer, row))
         if row.messages is not None:
-            text = self._tokenizer.render_chat(row.messages)
-            return _Encoded(text, self._tokenizer.encode_chat(text))
+            text = tokenizer.render_chat(row.messages)
+            return _Encoded(tokenizer, text, tokenizer.encode_chat(text))
         if row.tokens is not None:
-            text = self._tokenizer.decode(row.tokens) if row.params.return_full_text else ""
-            return _Encoded(text, row.tokens)
+            text = tokenizer.decode(row.tokens) if row.params.return_full_text else ""
+            return _Encoded(tokenizer, text, row.tokens)
         assert row.text is not None
-        return _Encoded(row.text, self._tokenizer.encode(row.text))
+        return _Encoded(tokenizer, row.text, tokenizer.encode(row.text))
+
+    def _tokenizer_of(self, adapter: AdapterFolder | None) -> Tokenizer:
+        if adapter is None:
+            return self._tokenizer
+        try:
+            own = self._own_tokenizer(AdapterKey(adapter.name, adapter.version), adapter.path)
+        except OSError as exc:
+            raise RowFailed(f"Adapter {adapter.name} could not be read: {exc}") from exc
+        return own or self._tokenizer
 
     def _request(self, job: Job, row: Row, encoded: "_Encoded", key: AdapterKey | None) -> InferenceRequest:
         # Two deliveries of one message may be at work here, so the job's id would not be unique.
@@ -285,7 +301,7 @@ class RowRunner:
 
     def _details(self, encoded: "_Encoded", completion: Completion) -> dict[str, Any]:
         """The tokens that the row asked for, by field of RowResult."""
-        spell = functools.cache(self._tokenizer.decode_one)
+        spell = functools.cache(encoded.tokenizer.decode_one)
 
         def spelled(found: Iterable[tuple[int, float | None]]) -> tuple[TokenDetail, ...]:
             return tuple(TokenDetail(token, spell(token), log_prob) for token, log_prob in found)

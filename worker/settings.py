@@ -306,15 +306,11 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     lora_extra_vocab_size: Annotated[
         int,
         Meta(
-            description="Tokens that an adapter may add. Only 0 in this version.",
+            description="Tokens that an adapter may add; one that brings more is refused.",
             ge=0,
-            le=0,
-            extra={
-                "option": "lora_extra_vocab_size",
-                "expected": "0: this version takes no adapters that bring tokens of their own",
-            },
+            extra={"option": "lora_extra_vocab_size"},
         ),
-    ] = 0
+    ] = 256
     long_lora_scaling_factors: Annotated[
         str | None,
         Meta(

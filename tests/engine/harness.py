@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from worker.engine.adapter_loader import AdapterLoader
+from worker.engine.adapter_tokenizers import AdapterTokenizers
 from worker.engine.base_model import load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
@@ -39,6 +40,7 @@ class Harness:
         look_ahead: bool | None = None,
         rope_factors: tuple[float, ...] = (),
         lora_mode: LoRAMode = LoRAMode.UNMERGED,
+        lora_extra_vocab_size: int = 256,
     ) -> None:
         self.base = load_base_model(
             base,
@@ -55,6 +57,7 @@ class Harness:
             lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
             rope=self.base.rope,
             lora_mode=lora_mode,
+            lora_extra_vocab_size=lora_extra_vocab_size,
         )
         self.runner = ModelRunner(
             self.base,
@@ -80,6 +83,10 @@ class Harness:
                 dtype=limits.lora_dtype,
                 pin=self.base.device.type == "cuda",
                 rope=self.base.rope,
+                lora_extra_vocab_size=limits.lora_extra_vocab_size,
+                base_dtype=self.base.dtype,
+                base_rows=self.runner.base_rows,
+                tokenizers=AdapterTokenizers().read,
             ),
             max_cpu_loras=64,
         )
@@ -102,6 +109,7 @@ class Harness:
         self.base.model.get_input_embeddings()._forward_hooks.clear()
         for slot in range(self._limits.max_loras):
             self.runner._executor.lora.clear(slot)
+            self.runner._executor.changes.clear(slot)
         blocks, size = self.runner.cache_shape
         self.runner.scrub(Leftover(block, 0, size) for block in range(blocks))
         self._start()

@@ -5,11 +5,12 @@
 
 import dataclasses
 import random
+import warnings
 
 import pytest
 from triton.runtime import interpreter
 
-from tests import tiny
+from tests import parity, tiny
 from tests.engine.harness import Harness
 from worker.engine import lora_kernels, merging
 from worker.engine.graphs import DecodeGraphs
@@ -151,3 +152,35 @@ def test_mixed_batch_equals_peft_token_for_token(architecture, changes, graphs, 
         again = harness.run(requests(keys[:2], rows, new=2))
         assert all(own.token_ids == done[name].token_ids[:2] for name, own in again.items())
         assert capture.captured <= before + 2
+
+
+def test_adapters_that_change_modules_run_uncaptured_beside_others(tmp_path):
+    warnings.simplefilter("ignore")
+    features = ("LoRA", "saved embedding, lm_head, norms", "embedding and lm_head, use_dora", "added tokens")
+    shape = parity.SHAPES["llama"]._replace(changes=ONE_LAYER)
+    base = tiny.make_base(tmp_path / "base", "llama", **shape.changes)
+    plain = tiny.load_base(base)
+    tuned = [
+        parity.tune(plain, shape, parity.FEATURES[name], tmp_path / f"adapter{number}", number + 1)
+        for number, name in enumerate(features)
+    ]
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "cache_shape": CacheShape(60, 8)}
+    harness = Harness(base, kernels=True, max_loras=4, **sizes)
+    capture = Recorded()
+    harness.runner._executor._graphs = DecodeGraphs(capture, 8)
+    keys = [None, *(harness.adapter(own.folder) for own in tuned)]
+    rows = prompts(2)
+    done = harness.run(requests(keys, rows))
+    answers = set()
+    for index, model in enumerate([plain, *(own.model for own in tuned)]):
+        for row, prompt in enumerate(rows):
+            answer = list(done[f"{index}/{row}"].token_ids)
+            assert answer == parity.says(model, prompt, answer)
+            answers.add(tuple(answer))
+    assert len(answers) == len(keys) * len(rows), "the adapters do not differ enough to tell"
+    before = capture.captured
+    harness.run(requests(keys[2:], rows))
+    assert capture.captured == before
+    again = harness.run(requests(keys[:2], rows))
+    assert all(own.token_ids == done[name].token_ids for name, own in again.items())
+    assert capture.captured > before

@@ -275,15 +275,8 @@ def test_missing_folder_says_nothing_about_the_adapter(targets, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
-        ("trainable_token_indices", {"embed_tokens": [1]}),
         ("target_parameters", ["model.layers.0.mlp.up_proj.weight"]),
         ("layer_replication", [[0, 2], [1, 3]]),
-        ("lora_bias", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [1, 2, 3]),
         ("megatron_config", {"model": 1}),
@@ -405,7 +398,7 @@ def test_layers_of_a_regular_expression_are_refused_as_by_peft(folder, targets):
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [("lm_head", "output embedding"), ("embed_tokens", "Embedding"), ("norm", "RMSNorm")],
+    [("norm", "RMSNorm"), ("act_fn", "SiLUActivation"), ("rotary_emb", "RotaryEmbedding")],
 )
 def test_modules_of_other_kinds_are_refused_with_the_reason(module, reason, folder, targets):
     change_config(folder, target_modules=["q_proj", "v_proj", module])
@@ -414,22 +407,9 @@ def test_modules_of_other_kinds_are_refused_with_the_reason(module, reason, fold
     assert reason in message
 
 
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_embeddings_saved_by_peft_are_refused(module, llama, targets, tmp_path):
-    with warnings.catch_warnings(action="ignore"):
-        folder = tiny.make_adapter(tmp_path / "tone", llama, r=4, target_modules=["q_proj", module])
-    assert module in refusal(folder, targets)
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"bias": "lora_only"},
-        {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
-        {"trainable_token_indices": [1, 2]},
         {"layer_replication": [[0, 2], [1, 3]]},
     ],
     ids=lambda config: next(iter(config)),

@@ -1,12 +1,13 @@
 """The engine on a GPU: the same promises as on the CPU."""
 
 import random
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 
-from tests import tiny
+from tests import parity, tiny
 from tests.engine.harness import Harness
 from tests.engine.test_score import expected, rows_of, to_score
 from worker.engine.model_runner import CacheShape
@@ -133,3 +134,22 @@ def test_scores_are_log_softmax_of_the_plain_model_on_the_cpu(shape, llama, adap
         log_probs, is_greedy = expected(llama, folders[index], tokens, count)
         assert done[name].score.log_probs == pytest.approx(log_probs, abs=1e-3)
         assert done[name].score.is_greedy is is_greedy
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2-tied", "gpt2", "gemma3-tied"])
+def test_every_kind_of_adapter_says_what_peft_says(architecture, tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        found = dict(parity.cells(parity.SHAPES[architecture], parity.FEATURES, tmp_path, device="cuda"))
+    assert [cell for cell in found.items() if not parity.is_right(cell[1])] == []
+    assert list(found.values()).count("equal") > len(parity.FEATURES) // 2
+
+
+def test_decoding_is_captured_again_when_nobody_changes_modules(llama, tmp_path):
+    plain, shape, names = tiny.load_base(llama), parity.SHAPES["llama"], ["LoRA", "use_dora", "added tokens"]
+    harness = Harness(llama, device="cuda", max_loras=2)
+    with warnings.catch_warnings(action="ignore"):
+        tuned = [parity.tune(plain, shape, parity.FEATURES[name], tmp_path / name, 1) for name in names]
+    keys = [harness.adapter(own.folder) for own in tuned]
+    first = harness.run(requests([None, *keys], prompts()))
+    again = harness.run(requests([None, keys[0]], prompts()))
+    assert all(own.token_ids == first[name].token_ids for name, own in again.items())

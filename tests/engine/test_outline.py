@@ -45,8 +45,9 @@ def test_a_model_with_experts_is_foreseen_too(tmp_path):
 
     transformers.MixtralConfig(architectures=["MixtralForCausalLM"], **MIXED).save_pretrained(tmp_path)
     found = foresee(load_outline(tmp_path))
-    assert found["model.layers.1.self_attn.k_proj"] == Target(64, 32)
-    assert found["lm_head"].refused
+    assert found["model.layers.1.self_attn.k_proj"] == Target(64, 32, shapes={"weight": (32, 64)})
+    assert found["lm_head"].is_head
+    assert "not supported" in found["model.layers.1.mlp.gate"].fixed
 
 
 def test_an_outline_has_no_weights(tmp_path):

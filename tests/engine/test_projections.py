@@ -185,6 +185,8 @@ def test_module_that_is_called_twice_stays_alone():
         def get_output_embeddings(self):
             return None
 
+        get_input_embeddings = get_output_embeddings
+
         def forward(self, x):
             return self.a(self.a(x)) + self.b(x)
 

@@ -10,7 +10,12 @@ from worker import app
 from worker.engine.adapter import Target
 from worker.settings import read_settings
 
-TARGETS = {"q": Target(4, 8), "norm": Target(0, 0, "LayerNorm modules are not supported")}
+TARGETS = {
+    "q": Target(4, 8),
+    "norm": Target(0, 0, "LayerNorm modules are not supported"),
+    "embed": Target(30, 4, is_embedding=True, is_input=True),
+    "head": Target(4, 30, is_head=True),
+}
 
 
 @pytest.fixture
@@ -31,7 +36,9 @@ def told(tmp_path):
 def test_mirrors_are_told_modules_refusals_and_the_rank(told, tmp_path):
     (tmp_path / "model").mkdir()
     model = told(max_lora_rank="32")
-    assert model.modules == {"q": (4, 8)}
+    assert model.modules == {"q": (4, 8), "head": (4, 30)}
+    assert model.vocabularies == {"embed": (30, 4), "head": (30, 4)}
+    assert model.lora_extra_vocab_size == 256
     assert model.refused == {"norm": "LayerNorm modules are not supported"}
     assert model.max_lora_rank == 32
 
@@ -45,7 +52,7 @@ def test_nothing_is_told_where_no_adapters_are_served_or_nothing_can_be_written(
 
 
 def test_the_place_of_a_mirror_of_our_own_is_made_before_its_first_pass(told, tmp_path):
-    assert told(sync="true", adapters_uri="s3://bucket/m/adapters/").modules == {"q": (4, 8)}
+    assert told(sync="true", adapters_uri="s3://bucket/m/adapters/").modules == {"q": (4, 8), "head": (4, 30)}
     assert [path.name for path in (tmp_path / "model").iterdir()] == [".base_model.json"]
 
 

@@ -66,6 +66,45 @@ def test_what_fits_and_tensors_that_are_no_lora_weights_pass(tmp_path):
     check_folder(write_folder(tmp_path / "b", adapter(pair(), extra)), base=BASE)
 
 
+ENDS = BaseModel(
+    modules={Q: (8, 16), "lm_head": (8, 30)},
+    vocabularies={"lm_head": (30, 8), "model.embed_tokens": (30, 8)},
+    lora_extra_vocab_size=4,
+)
+HEAD, EMBED = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+WITH_TOKENS = [
+    {f"{HEAD}.weight": [34, 8], f"{EMBED}.weight": [34, 8]},
+    {f"{HEAD}.base_layer.weight": [30, 8], **pair("lm_head", (8, 30))},
+    {f"{HEAD}.base_layer.weight": [31, 8], **pair("lm_head", (8, 31))},
+    {f"{EMBED}.lora_embedding_A": [4, 33], f"{EMBED}.lora_embedding_B": [8, 4]},
+    {f"{EMBED}.token_adapter.trainable_tokens_delta": [2, 8]},
+    {f"{EMBED}.modules_to_save.weight": [32, 8], f"{EMBED}.original_module.weight": [32, 8]},
+]
+TOO_MANY = [
+    ({f"{HEAD}.weight": [35, 8]}, "lm_head.weight' brings 5 tokens; the limit is 4"),
+    ({f"{EMBED}.token_adapter.base_layer.weight": [35, 8]}, "brings 5 tokens; the limit is 4"),
+    (pair("lm_head", (8, 35)), "lora_B.weight' brings 5 tokens; the limit is 4"),
+    ({f"{EMBED}.lora_embedding_A": [4, 40]}, "brings 10 tokens; the limit is 4"),
+    ({f"{EMBED}.lora_embedding_A": [4, 29]}, "has shape [4, 29]; the base model has 30 tokens"),
+    ({f"{EMBED}.lora_embedding_B": [9, 4]}, "has shape [9, 4]; the base model needs [8, rank]"),
+    ({f"{HEAD}.weight": [30, 9]}, "has shape [30, 9]; the base model needs [30 or more, 8]"),
+    ({f"{HEAD}.weight": [30]}, "has shape [30]; the base model needs [30 or more, 8]"),
+]
+
+
+@pytest.mark.parametrize("tensors", WITH_TOKENS)
+def test_embeddings_and_heads_may_have_a_few_tokens_more(tmp_path, tensors):
+    check_folder(write_folder(tmp_path / "a", adapter(pair(), tensors)), base=ENDS)
+
+
+@pytest.mark.parametrize(("tensors", "reason"), TOO_MANY)
+def test_embeddings_and_heads_of_other_sizes_are_refused(tmp_path, tensors, reason):
+    folder = write_folder(tmp_path / "a", adapter(pair(), tensors))
+    with pytest.raises(InvalidAdapter) as error:
+        check_folder(folder, base=ENDS)
+    assert reason in error.value.reason
+
+
 def test_the_smaller_of_two_limits_on_the_rank_holds(tmp_path):
     folder = write_folder(tmp_path / "a", adapter(r=48))
     check_folder(folder, max_rank=100, base=BASE)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from peft import LoraConfig
@@ -18,11 +18,12 @@ CONFIG_FILE = "adapter_config.json"
 
 _CHECKED = frozenset({"init_lora_weights", "peft_type", "task_type"})
 _APPLIED = frozenset({
-    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora",
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern",
+    "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 _WITHOUT_EFFECT = frozenset({  # on the output of a trained adapter
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
 })  # fmt: skip
@@ -89,10 +90,17 @@ def read_config(content: bytes, names: Collection[str], rope: RopeScaling) -> Ad
     _try_regexes(list(_regexes(_check_types(raw))), names)
     factor = read_factor(raw, rope)
     try:
-        lora = LoraConfig(**{name: value for name, value in raw.items() if name in _APPLIED})
+        given = {name: value for name, value in raw.items() if name in _APPLIED}
+        # Older releases of PEFT do not know every name; what is off they need not be told.
+        lora = LoraConfig(
+            **{n: value for n, value in given.items() if value is not None and value is not False}
+        )
     except (TypeError, ValueError) as exc:
         raise AdapterInvalid(f"{CONFIG_FILE}: {exc}") from exc
     return AdapterConfig(lora, factor)
+
+
+TokenIndex = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class _Types(msgspec.Struct):
@@ -107,6 +115,12 @@ class _Types(msgspec.Struct):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    ensure_weight_tying: bool | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[TokenIndex] | dict[str, list[TokenIndex]] | None = None
 
 
 def _check_types(raw: dict[str, Any]) -> _Types:
@@ -118,7 +132,8 @@ def _check_types(raw: dict[str, Any]) -> _Types:
         raise AdapterInvalid("target_modules is missing or empty")
     patterns = (types.target_modules, types.exclude_modules, types.layers_pattern)
     texts = [text for text in patterns if isinstance(text, str)]
-    for text in [*texts, *(types.rank_pattern or ()), *(types.alpha_pattern or ())]:
+    saved = types.modules_to_save or ()
+    for text in [*texts, *(types.rank_pattern or ()), *(types.alpha_pattern or ()), *saved]:
         if len(text) > _MAX_PATTERN_CHARACTERS:
             limit = f"the limit is {_MAX_PATTERN_CHARACTERS}"
             raise AdapterInvalid(f"a pattern of {CONFIG_FILE} has {len(text)} characters, {limit}")
@@ -133,6 +148,9 @@ def _regexes(types: _Types) -> Iterator[str]:
     for text in [*(types.rank_pattern or ()), *(types.alpha_pattern or ())]:
         if not _PLAIN.fullmatch(text):
             yield rf"(.*\.)?({text})$"
+    for text in types.modules_to_save or ():
+        if not _PLAIN.fullmatch(text):
+            yield rf"(^|.*\.){text}($|\..*)"
     layers = [types.layers_pattern] if isinstance(types.layers_pattern, str) else types.layers_pattern
     for text in layers or ():
         if not _PLAIN.fullmatch(text):

@@ -4,26 +4,26 @@ Nothing is skipped: a tensor that no module takes, a module that should have a t
 a setting whose effect is not built, each refuses the adapter and says which.
 """
 
-import copy
 import hashlib
 import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from worker.engine.adapter import LoRAPair, LoRAWeights, Target
-from worker.engine.adapter_config import CONFIG_FILE, AdapterConfig, read_bytes, read_config
+from worker.engine.adapter import LoRAPair, LoRAWeights, Target, Vocabulary
+from worker.engine.adapter_changes import Kinds, assemble, not_finite
+from worker.engine.adapter_config import CONFIG_FILE, read_bytes, read_config
+from worker.engine.adapter_plan import Plan, Role, make_plan
 from worker.engine.rope import RopeScaling
+from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
@@ -40,41 +40,31 @@ _DTYPES = {
 _T = TypeVar("_T")
 
 
-class _Part(NamedTuple):
-    """What a configuration says about one module: its tensors in the file, and what B is multiplied by."""
-
-    module: str
-    a: str
-    b: str
-    scaling: float
-
-
 class _Layout(NamedTuple):
     """Where a file's tensors lie, one after the other from the end of its header, without a gap."""
 
     names: tuple[str, ...]
     """In the order of the file."""
     dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
     sizes: list[int]
     """Elements of each."""
+    vocabulary: Vocabulary | None
+    """What the adapter knows of tokens; None if that is what the base model does."""
 
     @property
     def num_bytes(self) -> int:
         return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
 
 
-class _Plan:
-    """What all adapters with one configuration have in common."""
+class _Known:
+    """A plan, and the layouts of files that were found to follow it, by their headers."""
 
-    def __init__(
-        self, parts: Sequence[_Part], shapes: Mapping[str, tuple[int, int]], rope_factor: float
-    ) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, plan: Plan, rope_factor: float) -> None:
+        self.plan = plan
         self.rope_factor = rope_factor
-        self.shapes = dict(shapes)
-        self.scalings = [part.scaling for part in parts]
+        self.is_plain = plan.is_plain
         self.layouts = _Remembered[_Layout]()
-        """By the header of the file."""
 
 
 class _Remembered(Generic[_T]):
@@ -110,19 +100,27 @@ class AdapterLoader:
         max_lora_rank: int,
         dtype: torch.dtype,
         pin: bool = False,
+        lora_extra_vocab_size: int = 256,
+        base_dtype: torch.dtype | None = None,
+        base_rows: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        tokenizers: Callable[[Path], Tokenizer | None] = lambda _: None,
         rope: RopeScaling = RopeScaling(),  # noqa: B008 (it never changes)
     ) -> None:
         """`targets` are the base model's modules by name, `dtype` is that of the weights.
 
-        With `pin` they lie in memory that a GPU reads by itself. `rope` is what adapters may ask for their
-        positions.
+        With `pin` they lie in memory that a GPU reads by itself. What stands for the base model's own weights
+        is of `base_dtype`, or None for `dtype`; of those in `base_rows`, by the names of modules, whose rows
+        have these fingerprints, only what differs is kept. `tokenizers` gives what a folder brings. `rope` is
+        what adapters may ask for their positions.
         """
         self._rope = rope
         self._targets = targets
         self._max_rank = max_lora_rank
-        self._dtype = dtype
-        self._pin = pin
-        self._plans = _Remembered[_Plan]()
+        self._extra_vocab = lora_extra_vocab_size
+        self._kinds = Kinds(dtype, base_dtype or dtype, pin)
+        self._base_rows = base_rows
+        self._tokenizers = tokenizers
+        self._known = _Remembered[_Known]()
         """By the content of the configuration file."""
 
     def __call__(self, key: AdapterKey, folder: Path) -> LoRAWeights:
@@ -135,27 +133,34 @@ class AdapterLoader:
             raise FileNotFoundError(f"{folder} is not there")
         try:
             _refuse_links(folder)
-            plan = self._plan(folder / CONFIG_FILE)
-            layout, data = _read(folder / WEIGHTS_FILE, plan)
+            known = self._look_up(folder / CONFIG_FILE)
+            layout, data = _read(folder / WEIGHTS_FILE, known, self._extra_vocab)
             with _memory_errors():
-                pairs = _pairs(plan, layout, data, self._dtype, pin=self._pin)
-                return LoRAWeights(key, pairs, plan.rope_factor)
+                weights = self._weights(key, known, layout, data)._replace(rope_factor=known.rope_factor)
+            tokenizer = self._tokenizers(folder)
+            return weights if tokenizer is None else weights._replace(tokenizer=tokenizer)
         except (OSError, MemoryError):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
-            known = isinstance(exc, AdapterInvalid)
-            reason = f"Adapter {key.name} is invalid: {exc if known else repr(exc)}"
+            known_reason = isinstance(exc, AdapterInvalid)
+            reason = f"Adapter {key.name} is invalid: {exc if known_reason else repr(exc)}"
             raise AdapterInvalid(reason, exc.kind if isinstance(exc, AdapterInvalid) else "config") from exc
 
-    def _plan(self, path: Path) -> _Plan:
+    def _look_up(self, path: Path) -> _Known:
         """What a configuration asks for."""
         content = read_bytes(path)
 
-        def make() -> _Plan:
+        def make() -> _Known:
             config = read_config(content, self._targets, self._rope)
-            return _make_plan(config, self._targets, self._max_rank)
+            return _Known(make_plan(config.lora, self._targets, self._max_rank), config.rope_factor)
 
-        return self._plans.get(content, make)
+        return self._known.get(content, make)
+
+    def _weights(self, key: AdapterKey, known: _Known, layout: _Layout, data: torch.Tensor) -> LoRAWeights:
+        if known.is_plain and _is_plain(known.plan, layout):
+            return LoRAWeights(key, _pairs(known.plan, layout, data, self._kinds))
+        pairs, changes = assemble(known.plan, _apart(layout, data), self._kinds, self._base_rows)
+        return LoRAWeights(key, pairs, changes, layout.vocabulary)
 
 
 def weights_bytes(folder: Path) -> int:
@@ -173,44 +178,7 @@ def _refuse_links(folder: Path) -> None:
             raise AdapterInvalid(f"{name} is a link, a file is needed", "file")
 
 
-def _make_plan(asked: AdapterConfig, targets: Mapping[str, Target], max_lora_rank: int) -> _Plan:
-    config = asked.lora
-    names = [name for name in targets if _is_targeted(config, name, targets[name])]
-    if not names:
-        what = f"target_modules {config.target_modules!r}"
-        raise AdapterInvalid(f"{what} matches no module of the base model", "modules")
-    parts, shapes = [], {}
-    for name in names:
-        if targets[name].refused:
-            raise AdapterInvalid(f"module {name} cannot take LoRA here: {targets[name].refused}", "modules")
-        rank = _from_pattern(config.rank_pattern, name, config.r)
-        if not 1 <= rank <= max_lora_rank:
-            raise AdapterInvalid(
-                f"rank {rank} of module {name} is not between 1 and max_lora_rank {max_lora_rank}", "rank"
-            )
-        alpha = _from_pattern(config.alpha_pattern, name, config.lora_alpha)
-        scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
-        shapes[a], shapes[b] = (rank, targets[name].in_features), (targets[name].out_features, rank)
-        parts.append(_Part(name, a, b, scaling))
-    return _Plan(parts, shapes, asked.rope_factor)
-
-
-def _from_pattern(pattern: dict[str, float] | None, module: str, default: float) -> Any:
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), module), default)
-
-
-def _is_targeted(config: LoraConfig, name: str, target: Target) -> bool:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        if target.in_features == 0 or target.is_head:
-            return False
-        config = copy.copy(config)
-        config.target_modules = [name]  # what is left to ask are exclusions and layers
-    return bool(check_target_module_exists(config, name))
-
-
-def _read(path: Path, plan: _Plan) -> tuple[_Layout, torch.Tensor]:
+def _read(path: Path, known: _Known, extra_vocab_size: int) -> tuple[_Layout, torch.Tensor]:
     """What the file holds, as bytes [n] uint8: exactly the tensors that are wanted, in their shapes.
 
     The safetensors library judges every header that is new. Its own ways to read copy each tensor by itself.
@@ -223,7 +191,7 @@ def _read(path: Path, plan: _Plan) -> tuple[_Layout, torch.Tensor]:
                 said = f"a header of {length} bytes in a file of {size}, the limit is {_MAX_HEADER_BYTES}"
                 raise AdapterInvalid(f"{path.name} cannot be read: {said}", "file")
             header = file.read(length)
-            layout = plan.layouts.get(header, lambda: _lay_out(path, file, plan.shapes))
+            layout = known.layouts.get(header, lambda: _lay_out(path, file, known.plan, extra_vocab_size))
             expected = _LENGTH_BYTES + len(header) + layout.num_bytes
             size = os.fstat(file.fileno()).st_size
             if size != expected:
@@ -237,23 +205,23 @@ def _read(path: Path, plan: _Plan) -> tuple[_Layout, torch.Tensor]:
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}", "file") from exc
 
 
-def _lay_out(path: Path, opened: BinaryIO, shapes: Mapping[str, tuple[int, int]]) -> _Layout:
+def _lay_out(path: Path, opened: BinaryIO, plan: Plan, extra_vocab_size: int) -> _Layout:
     """The layout of the file at `path`, which is `opened`, after a look at all that its header says."""
-    own = {name: name for name in shapes}  # one text for each name, however many layouts there are
+    own = {name: name for name in plan.wanted}  # one text for each name, however many layouts there are
     with _memory_errors(), safe_open(path, framework="pt") as file:
         names = tuple(file.offset_keys())
         slices = [file.get_slice(name) for name in names]
-        found = {name: tuple(one.get_shape()) for name, one in zip(names, slices, strict=True)}
+        shapes = tuple(tuple(one.get_shape()) for one in slices)
         stored = [one.get_dtype() for one in slices]
     if _identity(path.stat()) != _identity(os.fstat(opened.fileno())):
         raise OSError(f"{path} was replaced while it was read")
-    if found != shapes:
-        _refuse_shapes(found, shapes)
+    vocabulary = plan.check(dict(zip(names, shapes, strict=True)), extra_vocab_size)
     for name, dtype in zip(names, stored, strict=True):
         if dtype not in _DTYPES:
             raise AdapterInvalid(f"tensor {name} is of {dtype}, not of a floating-point type", "tensors")
     dtypes = tuple(_DTYPES[dtype] for dtype in stored)
-    return _Layout(tuple(own[name] for name in names), dtypes, [math.prod(shapes[name]) for name in names])
+    sizes = [math.prod(shape) for shape in shapes]
+    return _Layout(tuple(own[name] for name in names), dtypes, shapes, sizes, vocabulary)
 
 
 @contextmanager
@@ -271,37 +239,30 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _refuse_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, int]]) -> None:
-    for name, shape in shapes.items():
-        if name not in found:
-            raise AdapterInvalid(
-                f"tensor {name} is missing, though target_modules names its module", "tensors"
-            )
-        if found[name] != shape:
-            raise AdapterInvalid(
-                f"tensor {name} has shape {list(found[name])}, the base model needs {list(shape)}", "tensors"
-            )
-    left_over = min(found.keys() - shapes)
-    raise AdapterInvalid(f"tensor {left_over} belongs to no module that target_modules names", "tensors")
+def _is_plain(plan: Plan, layout: _Layout) -> bool:
+    return all(plan.wanted[name].required for name in layout.names)
 
 
-def _pairs(
-    plan: _Plan, layout: _Layout, data: torch.Tensor, dtype: torch.dtype, *, pin: bool
-) -> dict[str, LoRAPair]:
+def _pairs(plan: Plan, layout: _Layout, data: torch.Tensor, kinds: Kinds) -> dict[str, LoRAPair]:
     """Scaled and cast, by module; all in one piece of memory, which is that of `data` where it can be."""
     whole = _as_one(layout, data)
-    tensors = _views(plan, layout, whole)
-    torch._foreach_mul_([tensors[part.b] for part in plan.parts], plan.scalings)  # as optimizers do
-    if pin or dtype != whole.dtype:
-        whole = whole.to(dtype)
-        whole = whole.pin_memory() if pin else whole
-        tensors = _views(plan, layout, whole)
-    pairs = {part.module: LoRAPair(tensors[part.a], tensors[part.b]) for part in plan.parts}
+    tensors = _views(layout, whole)
+    ours = [(name, plan.wanted[name]) for name in layout.names]
+    of_b = {wanted.module: tensors[name] for name, wanted in ours if wanted.role is Role.B}
+    torch._foreach_mul_(list(of_b.values()), [plan.scalings[module] for module in of_b])  # as optimizers do
+    if kinds.pin or kinds.lora != whole.dtype:
+        whole = whole.to(kinds.lora)
+        whole = whole.pin_memory() if kinds.pin else whole
+        tensors = _views(layout, whole)
+    sides: dict[Role, dict[str, torch.Tensor]] = {Role.A: {}, Role.B: {}}
+    for name, wanted in ours:
+        sides[wanted.role][wanted.module] = tensors[name]
+    pairs = {module: LoRAPair(sides[Role.A][module], sides[Role.B][module]) for module in plan.scalings}
     # A sum has no end if any of its terms has none: one pass where a look at each takes four.
     if not math.isfinite(whole.sum(dtype=torch.float32)):
         for module, pair in pairs.items():
             if not all(torch.isfinite(tensor).all() for tensor in pair):
-                raise AdapterInvalid(f"module {module} has weights that are not finite in {dtype}", "values")
+                raise not_finite(module, kinds.lora)
     return pairs
 
 
@@ -309,12 +270,17 @@ def _as_one(layout: _Layout, data: torch.Tensor) -> torch.Tensor:
     """All tensors one after the other, [elements] float32; a view of `data` if that is what it holds."""
     if len(set(layout.dtypes)) == 1:
         return data.view(layout.dtypes[0]).float()
+    return torch.cat([tensor.float().flatten() for tensor in _apart(layout, data).values()])
+
+
+def _apart(layout: _Layout, data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each tensor by itself, as it is stored; copies."""
     sizes = [size * own.itemsize for size, own in zip(layout.sizes, layout.dtypes, strict=True)]
-    parts = zip(torch.split(data, sizes), layout.dtypes, strict=True)
+    parts = zip(layout.names, torch.split(data, sizes), layout.dtypes, layout.shapes, strict=True)
     # A view needs memory that begins at a multiple of its elements' size; a copy does.
-    return torch.cat([part.clone().view(own).float() for part, own in parts])
+    return {name: part.clone().view(own).view(shape) for name, part, own, shape in parts}
 
 
-def _views(plan: _Plan, layout: _Layout, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-    parts = torch.split(whole, layout.sizes)
-    return {name: part.view(plan.shapes[name]) for name, part in zip(layout.names, parts, strict=True)}
+def _views(layout: _Layout, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = zip(layout.names, torch.split(whole, layout.sizes), layout.shapes, strict=True)
+    return {name: part.view(shape) for name, part, shape in parts}

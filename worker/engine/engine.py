@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapter import LoRAWeights, Vocabulary
 from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
 from worker.engine.model_runner import Launched, ModelRunner, Outcome
@@ -121,20 +121,25 @@ class Engine:
     def check(self, request: InferenceRequest) -> None:
         """Raise the RowError that `add` would, without adding. May be called from any thread.
 
-        What follows from the adapter itself, which need not be loaded for this, only `add` knows.
+        An adapter need not be loaded, so what only its own tokens and positions tell is left to `add`.
         """
+        extra = 0 if request.adapter is None else self._runner.lora_extra_vocab_size
+        known = Vocabulary(self._runner.vocab_size + extra, self._runner.num_logits + extra)
+        certain = request.adapter is None or not self._rope.factors
+        limit = self.max_len(request.adapter) if certain else self.max_model_len
+        self._check(request, known, self._eos, limit)
+
+    def _check(self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int) -> None:
+        """Raise the RowError for a row of an adapter (or the base model) that knows these tokens."""
         if not request.prompt:
             raise InvalidParameters("The prompt has no tokens")
-        if max(request.prompt) >= self._runner.vocab_size:
-            known = f"the base model knows {self._runner.vocab_size} tokens"
-            raise InvalidParameters(f"The prompt has token {max(request.prompt)}, {known}")
-        check(request.params, self._runner.num_logits, self._eos)
-        certain = request.adapter is None or not self._rope.factors
-        self._check_length(request, self.max_len(request.adapter) if certain else self.max_model_len)
-
-    def _check_length(self, request: InferenceRequest, limit: int) -> None:
+        whose = "the base model" if request.adapter is None else f"adapter {request.adapter.name}"
+        if max(request.prompt) >= known.reads:
+            message = f"The prompt has token {max(request.prompt)}, {whose} knows {known.reads} tokens"
+            raise InvalidParameters(message)
+        check(request.params, known.writes, eos, whose)
         if request.targets:
-            self._check_targets(request, limit)
+            self._check_targets(request, known.writes, whose, limit)
             return
         whole = len(request.prompt) + request.params.max_new_tokens
         if whole > limit:
@@ -144,12 +149,12 @@ class Engine:
                 f"{limit}"
             )
 
-    def _check_targets(self, request: InferenceRequest, limit: int) -> None:
+    def _check_targets(self, request: InferenceRequest, num_logits: int, whose: str, limit: int) -> None:
         assert request.params.max_new_tokens == 0, "what is scored is not gone on with"
         assert not request.params.prompt_log_probs
         assert len(request.targets) <= len(request.prompt)
-        if max(request.targets) >= self._runner.num_logits:
-            known = f"the base model writes {self._runner.num_logits} tokens"
+        if max(request.targets) >= num_logits:
+            known = f"{whose} writes {num_logits} tokens"
             raise InvalidParameters(f"The row has token {max(request.targets)} to be scored, {known}")
         if len(request.prompt) > limit:
             raise PromptTooLong(
@@ -159,17 +164,26 @@ class Engine:
 
     def add(self, request: InferenceRequest) -> None:
         """Take a request in. Raises RowError if it can never run, ValueError if its id is in flight."""
-        self.check(request)
-        limit = self.max_len(request.adapter)
+        endings, limit = frozenset[int](), self.max_len(request.adapter)
         if request.fills:
             request = _filled(request, limit)
-        self._check_length(request, limit)
+        if request.adapter is None:
+            self.check(request)
+        else:
+            weights = self._weights(request.adapter)
+            endings = weights.eos_token_ids
+            known = weights.vocabulary or Vocabulary(self._runner.vocab_size, self._runner.num_logits)
+            self._check(request, known, self._eos | endings, limit)
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is in flight already")
-        sequence = self._sequences[request.id] = Sequence(request)
+        sequence = self._sequences[request.id] = Sequence(request, endings)
         if request.params.stop_sequences:
-            self._streams[request.id] = TextStream(self._tokenizer, request.prompt)
+            self._streams[request.id] = TextStream(self._tokenizer_of(request), request.prompt)
         self._scheduler.add(sequence)
+
+    def _tokenizer_of(self, request: InferenceRequest) -> Tokenizer:
+        own = None if request.adapter is None else self._weights(request.adapter).tokenizer
+        return own or self._tokenizer
 
     def abort(self, request_id: str) -> None:
         """Drop a request without a completion; unknown ids are ignored, as it may just have ended."""
@@ -349,7 +363,8 @@ class Engine:
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Why the sequence ends with its last token, if it does."""
         params = sequence.request.params
-        if sequence.tokens[-1] in self._eos and not params.ignore_eos:
+        ends = sequence.tokens[-1] in self._eos or sequence.tokens[-1] in sequence.endings
+        if ends and not params.ignore_eos:
             return FinishReason.EOS_TOKEN
         if sequence.tokens[-1] in params.stop_token_ids:
             return FinishReason.STOP_SEQUENCE
@@ -382,7 +397,7 @@ class Engine:
             said = sequence.generated
             if said and said[-1] in request.params.stop_token_ids:
                 said = said[:-1]
-            text = self._tokenizer.continuation(request.prompt, said) if said else ""
+            text = self._tokenizer_of(request).continuation(request.prompt, said) if said else ""
         assert sequence.finish_reason is not None
         log_probs = tuple(score.log_prob for score in sequence.scores)
         is_greedy = all(score.likeliest for score in sequence.scores)

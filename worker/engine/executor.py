@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from worker.engine.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.module_changes import ChangeStep, ModuleChanges
 from worker.engine.projections import Projection
 from worker.engine.rope import scaled_positions
 from worker.engine.transfer import to_device
@@ -57,8 +58,13 @@ class Executor(abc.ABC):
         projections: Sequence[Projection],
         lora: LoRA,
         device: torch.device,
+        *,
+        changes: ModuleChanges,
     ) -> None:
         self.lora = lora
+        self.changes = changes
+        self._pairless: set[int] = set()
+        """Slots of adapters that LoRA adds nothing of."""
         self._model = model
         self._attention = attention
         self._projections = projections
@@ -70,20 +76,42 @@ class Executor(abc.ABC):
         self.merges = 0
         """How often that has changed."""
 
+    def put(self, slot: int, weights: LoRAWeights) -> None:
+        """Replace whatever `slot` holds by `weights`."""
+        self._pairless.discard(slot)
+        weights = self.changes.put(slot, weights)
+        if weights.pairs:
+            self.lora.put(slot, weights)
+        else:
+            self._pairless.add(slot)
+
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
         return sorted(
             range(len(rows)),
             key=lambda number: (
                 len(rows[number].tokens) == 1,
-                self.lora.place(rows[number].slot),
+                self.lora.place(self._lora_slot(rows[number])),
+                -1 if rows[number].slot is None else rows[number].slot,
                 rows[number].blocks[0],
             ),
         )
 
+    def _lora_slot(self, row: PackedRow) -> int | None:
+        return None if row.slot in self._pairless else row.slot
+
+    def _plan_lora(self, rows: Sequence[PackedRow]) -> Any:
+        return self.lora.plan([(self._lora_slot(row), len(row.tokens)) for row in rows])
+
+    def _plan_changes(self, rows: Sequence[PackedRow]) -> ChangeStep | None:
+        return self.changes.plan([(row.slot, len(row.tokens), row.keep) for row in rows])
+
     @abc.abstractmethod
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [kept tokens, vocabulary] of rows in `order`, valid until the next run.
+
+        With adapters that bring tokens of their own there are as many columns as the largest of them has;
+        what a row's own adapter does not have means nothing.
 
         `latest` int64 has the tokens that rows with a `source` go on with. Nothing waits for the device. A
         run that raised leaves nothing behind but what it wrote to the rows' own places in the cache.
@@ -99,13 +127,15 @@ class Executor(abc.ABC):
         size = max(map(len, prompts))
         plan = HostAttentionPlan(rows, block_size=size, device=self._device, cached=False)
         packed = [PackedRow(row[0], 0, prompt, 1) for row, prompt in zip(rows, prompts, strict=True)]
-        with self._step(plan, None):
+        with self._step(plan, None, None):
             return self._forward(self._inputs(packed))
 
     @contextmanager
-    def _step(self, plan: AttentionPlan, lora: Any, *, merged: bool = False) -> Iterator[None]:
-        """Give attention and LoRA their plans, and take them back whatever happens."""
-        self._attention.plan, self.lora.step = plan, lora
+    def _step(
+        self, plan: AttentionPlan, lora: Any, changes: ChangeStep | None, *, merged: bool = False
+    ) -> Iterator[None]:
+        """Give attention, LoRA and changes their plans, and take them back whatever happens."""
+        self._attention.plan, self.lora.step, self.changes.step = plan, lora, changes
         self._use_merged(merged)
         try:
             yield
@@ -114,7 +144,7 @@ class Executor(abc.ABC):
                 projection.forget()
             raise
         finally:
-            self._attention.plan = self.lora.step = None
+            self._attention.plan = self.lora.step = self.changes.step = None
             self._use_merged(False)
 
     def _use_merged(self, merged: bool) -> None:
@@ -169,14 +199,14 @@ class Inputs(NamedTuple):
 class HostExecutor(Executor):
     """By torch's own operators, at once; for CPUs."""
 
-    def __init__(self, *given: Any, block_size: int) -> None:
-        super().__init__(*given)
+    def __init__(self, *given: Any, changes: ModuleChanges, block_size: int) -> None:
+        super().__init__(*given, changes=changes)
         self._block_size = block_size
 
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
         """See Executor."""
         merged = self._is_merged(rows)
-        lora = None if merged else self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
+        lora, changes = None if merged else self._plan_lora(rows), self._plan_changes(rows)
         plan = HostAttentionPlan([row.held for row in rows], block_size=self._block_size, device=self._device)
-        with self._step(plan, lora, merged=merged):
+        with self._step(plan, lora, changes, merged=merged):
             return self._forward(self._inputs(rows, latest))

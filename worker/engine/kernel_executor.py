@@ -10,6 +10,7 @@ from worker.engine.executor import Executor, Inputs, PackedRow
 from worker.engine.graphs import Capture, DecodeGraphs, Reads, fitting_size
 from worker.engine.kernels.lora import TokenTiles
 from worker.engine.lora_kernels import KernelLoRALayers, KernelLoRAStep
+from worker.engine.module_changes import ModuleChanges
 
 
 class KernelExecutor(Executor):
@@ -20,6 +21,7 @@ class KernelExecutor(Executor):
     def __init__(
         self,
         *given: Any,
+        changes: ModuleChanges,
         num_blocks: int,
         block_size: int,
         max_blocks: int,
@@ -27,7 +29,7 @@ class KernelExecutor(Executor):
         capture: Capture | None,
     ) -> None:
         """The cache has a block more than `num_blocks`, for padding. No `capture`, no graphs."""
-        super().__init__(*given)
+        super().__init__(*given, changes=changes)
         self._block_size = block_size
         self._max_blocks = max_blocks
         self._trash = num_blocks * block_size
@@ -37,7 +39,7 @@ class KernelExecutor(Executor):
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
         """See Executor."""
         merged = self._is_merged(rows)
-        lora = None if merged else self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
+        lora, changes = None if merged else self._plan_lora(rows), self._plan_changes(rows)
         plan = KernelAttentionPlan(
             [row.held for row in rows],
             block_size=self._block_size,
@@ -45,10 +47,12 @@ class KernelExecutor(Executor):
             device=self._device,
         )
         inputs = self._inputs(rows, latest)
-        if self._graphs is not None and all(len(row.tokens) == row.keep == 1 for row in rows):
+        # What adapters change is different code in every step, so such a step is never captured.
+        is_decoding = changes is None and all(len(row.tokens) == row.keep == 1 for row in rows)
+        if self._graphs is not None and is_decoding:
             tiles = None if lora is None else lora.tiles
             return self._replay(self._graphs, inputs, plan, tiles, merged=merged)
-        with self._step(plan, lora, merged=merged):
+        with self._step(plan, lora, changes, merged=merged):
             return self._forward(inputs)
 
     def _replay(
@@ -69,7 +73,7 @@ class KernelExecutor(Executor):
 
         def forward() -> torch.Tensor:
             step = None if lora is None else KernelLoRAStep(buffers.lora)
-            with self._step(buffers.plan, step, merged=merged):
+            with self._step(buffers.plan, step, None, merged=merged):
                 return self._forward(buffers.inputs)
 
         reads = Reads(None if lora is None else self.lora.generation, self.merges if merged else None)

@@ -18,3 +18,4 @@ class EngineLimits(NamedTuple):
     lora_dtype: torch.dtype
     rope: RopeScaling = RopeScaling()
     lora_mode: LoRAMode = LoRAMode.UNMERGED
+    lora_extra_vocab_size: int = 256

@@ -87,7 +87,7 @@ def plan_changes(
         needs_latest |= bool(pending[row]) and _is_penalized(params)
         bias = dict(params.logit_bias)
         if sequence.num_generated + pending[row] < params.min_new_tokens:
-            bias |= dict.fromkeys(ending_tokens(params, eos_token_ids), float("-inf"))
+            bias |= dict.fromkeys(ending_tokens(params, {*eos_token_ids, *sequence.endings}), float("-inf"))
         before = len(tokens)
         if bias or params.frequency_penalty or params.presence_penalty:
             seen = _seen(sequence, params)

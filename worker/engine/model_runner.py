@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +14,21 @@ from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel, free_memory
 from worker.engine.discovery import Discovery, discover
 from worker.engine.executor import Executor, HostExecutor, PackedRow
+from worker.engine.fingerprints import fingerprints
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.merging import Merging
+from worker.engine.module_changes import ModuleChanges
 from worker.engine.pages import give_back_freed
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.rope import RopeScaling, check_scalable, scaled
-from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare
+from worker.engine.sampler import Group, Sample, Sampled, choose_in_groups, collect, fetch, prepare
 from worker.engine.scheduler import Batch, ScheduledRow
 from worker.engine.scores import Scores
-from worker.engine.sequence import Scored
+from worker.engine.sequence import Scored, Sequence
 from worker.engine.transfer import to_device
 from worker.errors import ModelError
 from worker.jobs import AdapterKey
@@ -134,14 +136,18 @@ class ModelRunner:
         """Token ids from this on are never generated."""
         model.set_attn_implementation(self._attention.name)
         found = self._discover(self._probe)
-        self.targets: dict[str, Target] = found.targets
+        self.targets: dict[str, Target] = self._checked(found)
         """Modules that adapters may name."""
-        self._projections = projections = self._project(found)
+        self.base_rows = self._fingerprints()
+        """Of the weights that have a row for each token, by module; see `fingerprints`."""
+        projections, head = self._project(found)
+        self._projections = projections
+        changes = ModuleChanges(model, projections, head, self.targets, found.axes)
         give_back_freed()
         self.cache_shape = cache_shape or self._choose_cache_shape(self._limits.max_num_seqs, memory_share)
         blocks, size = self.cache_shape
         self._attention.allocate(blocks + self._kernels, size, device)
-        self._executor = self._make_executor(projections, costs, tuner)
+        self._executor = self._make_executor(projections, changes, costs, tuner)
         if self._limits.rope.factors:
             self._executor.rope_factors = {}  # before the first step: what graphs are given depends on it
         self._verify(self._probe, expected)
@@ -155,28 +161,37 @@ class ModelRunner:
         blocks, size = self.cache_shape
         return blocks * size * self._attention.bytes_per_token
 
+    @torch.inference_mode()
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        """Replace whatever `slot` holds by `weights`."""
         if slot == self._executor.merged_slot:
             self._executor.merged_slot = None
-        self._executor.lora.put(slot, weights)
+        self._executor.put(slot, weights)
         if weights.key == self._merging.merged:
             self._executor.merged_slot = slot
         if self._executor.rope_factors is not None:
             self._executor.rope_factors[slot] = weights.rope_factor
 
+    @property
+    def lora_extra_vocab_size(self) -> int:
+        """Tokens that an adapter may bring at most."""
+        return self._limits.lora_extra_vocab_size
+
     @torch.inference_mode()
-    def merge_for(self, rows: Sequence[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
+    def merge_for(self, rows: Iterable[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
         """Merge the adapter that all of `rows` have, if they do and it pays; they must hold their slots.
 
-        Returns whether they run merged now. Without memory for it they go on unmerged.
+        Returns whether they run merged now. Without memory for it they go on unmerged, and so do adapters
+        that do more than add.
         """
-        if not rows:
+        found = {(row.sequence.slot, row.sequence.request.adapter) for row in rows}
+        if not found:
             return False
-        (slot, only), *others = {(row.sequence.slot, row.sequence.request.adapter) for row in rows}
+        (slot, only), *others = found
         self._merging.see(None if others else only, sum(self.timings))
         if others or only is None:
             return False
-        if self._merging.wants(only):
+        if self._merging.wants(only) and not weights(only).changes:
             self._merge(slot, weights(only))
         return slot == self._executor.merged_slot
 
@@ -237,13 +252,7 @@ class ModelRunner:
         rows = [batch.rows[number] for number in order]
         sampling = [row.sequence for row in rows if row.samples]
         pending = [int(sequence.pending) for sequence in sampling]
-        plan = prepare(
-            sampling,
-            self.num_logits,
-            self._base.device,
-            eos_token_ids=self._base.eos_token_ids,
-            pending=pending,
-        )
+        groups = self._plan_sampling(sampling, pending)
         tokens = None if last is None or last.sampled is None else last.sampled.tokens
         prepared = time.perf_counter()
         logits = self._executor.run([packed[number] for number in order], tokens)
@@ -256,7 +265,7 @@ class ModelRunner:
                 assert tokens is not None
                 sources = [places.get(id(sequence), 0) for sequence in sampling]
                 latest = tokens.index_select(0, to_device(torch.tensor(sources), tokens.device))
-            sampled = choose(logits, plan, latest)
+            sampled = choose_in_groups(logits, groups, latest)
             fetched = fetch(sampled)
         done = time.perf_counter()
         self.timings = Timings(prepared - started, forwarded - prepared, done - forwarded)
@@ -277,6 +286,26 @@ class ModelRunner:
             [scores.get(id(row.sequence), []) for row in launched.batch.rows],
         )
 
+    def _plan_sampling(self, sampling: list[Sequence], pending: list[int]) -> list[Group]:
+        """The rows apart by how many tokens they can write: none sees the columns of a neighbour's."""
+        widths = [self._width(sequence) for sequence in sampling]
+        groups = []
+        for width in sorted(set(widths)):
+            rows = [row for row, own in enumerate(widths) if own == width]
+            plan = prepare(
+                [sampling[row] for row in rows],
+                width,
+                self._base.device,
+                eos_token_ids=self._base.eos_token_ids,
+                pending=[pending[row] for row in rows],
+            )
+            groups.append(Group(width, rows, plan))
+        return groups
+
+    def _width(self, sequence: Sequence) -> int:
+        """How many logits a row has."""
+        return self._executor.changes.width(sequence.slot) or self.num_logits
+
     def _score(self, rows: list[ScheduledRow], logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
         """What rows want to know of tokens that they have, and the logits to sample from."""
         scores = Scores()
@@ -286,7 +315,8 @@ class ModelRunner:
         start = 0
         for row in rows:
             if row.scored:
-                scores.add(id(row.sequence), logits[start : start + len(row.scored)], row.targets)
+                own = logits[start : start + len(row.scored), : self._width(row.sequence)]
+                scores.add(id(row.sequence), own.contiguous(), row.targets)
             start += row.keep
             if row.samples:
                 ends.append(start - 1)
@@ -309,8 +339,9 @@ class ModelRunner:
 
     def _discover(self, probe: "_Probe") -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
-        lora = LoRALayers({}, max_loras=0)
-        executor = HostExecutor(self._model, self._attention, [], lora, self._base.device, block_size=1)
+        lora, changes = LoRALayers({}, max_loras=0), ModuleChanges(self._model, {}, None, {}, {})
+        attention, device = self._attention, self._base.device
+        executor = HostExecutor(self._model, attention, [], lora, device, changes=changes, block_size=1)
         found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
         layers = self._base.model.config.get_text_config().num_hidden_layers
         if sorted(self._attention.shapes) != list(range(layers)):
@@ -321,19 +352,41 @@ class ModelRunner:
         self._check_windows()
         return found
 
-    def _project(self, found: Discovery) -> dict[tuple[str, ...], Projection]:
-        """Take over the model's linear modules; the head as well, though no adapter may use it."""
+    def _checked(self, found: Discovery) -> dict[str, Target]:
+        """The targets, without a head whose output is not yet the logits."""
+        targets = dict(found.targets)
+        head = found.head
+        if head is not None and targets[head].out_features != self.num_logits:
+            cut = f"it writes {targets[head].out_features} logits, the model {self.num_logits}"
+            targets[head] = targets[head]._replace(refused=cut, fixed=cut)
+        return targets
+
+    def _fingerprints(self) -> dict[str, torch.Tensor]:
+        """Only while the weights are there: a packed one cannot be looked at again."""
+        if not self._limits.max_loras:
+            return {}
+        return {
+            name: fingerprints(self._model.get_parameter(f"{name}.weight"))
+            for name, target in self.targets.items()
+            if target.has_tokens
+        }
+
+    def _project(
+        self, found: Discovery
+    ) -> tuple[dict[tuple[str, ...], Projection], tuple[str, Projection] | None]:
+        """Take over the model's linear modules; the head by itself."""
         modules, keep = dict(self._model.named_modules()), tied_weights(self._model)
         projections = {}
         for names in found.groups:
             projections[names] = Projection([modules[name] for name in names], keep)
-        if found.head is not None:
-            Projection([modules[found.head]], keep)  # the module holds it
-        return projections
+        if found.head is None:
+            return projections, None
+        return projections, (found.head, Projection([modules[found.head]], keep))
 
     def _make_executor(
         self,
         projections: dict[tuple[str, ...], Projection],
+        changes: ModuleChanges,
         costs: Costs | None,
         tuner: Tuner | None,
     ) -> Executor:
@@ -342,7 +395,7 @@ class ModelRunner:
         device = self._base.device
         if not self._kernels:
             lora = LoRALayers(projections, self._limits.max_loras, costs or Costs())
-            return HostExecutor(*parts, lora, device, block_size=size)
+            return HostExecutor(*parts, lora, device, changes=changes, block_size=size)
         # Not before they are wanted: a machine without a GPU need not have Triton.
         from worker.engine.graphs import CudaCapture  # noqa: PLC0415
         from worker.engine.kernel_executor import KernelExecutor  # noqa: PLC0415
@@ -352,6 +405,7 @@ class ModelRunner:
             *parts,
             KernelLoRALayers(projections, device, self._limits, self._base.dtype, tuner),
             device,
+            changes=changes,
             num_blocks=blocks,
             block_size=size,
             max_blocks=-(-self._base.max_model_len // size),

@@ -4,6 +4,7 @@ The model keeps its modules and their names: only their `forward` is replaced. T
 is called computes all of it, as one product, and the others hand out their part.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +22,13 @@ class Addition(Protocol):
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Read x [T, in], change y [T, out] in place."""
+
+
+class Widening(Protocol):
+    """What makes a projection's output wider, and changes it."""
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Read x [T, in] and return y [T, out] changed, perhaps with more columns."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -47,7 +55,17 @@ class Projection:
         self.sizes = [features(module)[1] for module in modules]
         self._device = _weight(modules[0]).device
         self.addition: Addition | None = None
-        self._product, needed = make_product(*_fused(modules))
+        self.change: Addition | None = None
+        """As `addition`, before it; None unless an adapter does more than add."""
+        self.widening: Widening | None = None
+        """After both; None unless an adapter changes the head."""
+        weight, self.bias = _fused(modules)
+        """[sum of out]; None where no module has one."""
+        self.row_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        """Of the rows of the weights: [sum of out]."""
+        self.dtype = weight.dtype
+        """Of what it is given."""
+        self._product, needed = make_product(weight, self.bias)
         self._merged: Product | None = None
         self.uses_merged = False
         """Whether the product is the one that `merge` made, and nothing is added to it."""
@@ -74,6 +92,16 @@ class Projection:
                 torch.mm(pair.b.to(part), pair.a.to(part), out=part)
         self._merged = self._product.plus(delta, spare)
 
+    @property
+    def columns(self) -> list[slice]:
+        """Where in the output each module's part is."""
+        return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(self.sizes, initial=0))]
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [n, in] by the weights alone: [n, sum of out]."""
+        y = self._product(x)
+        return y if self.bias is None else y - self.bias
+
     def forget(self) -> None:
         """Drop what a pass that was broken off has left."""
         self._x, self._parts = None, []
@@ -93,8 +121,13 @@ class Projection:
             product = self._product if self._merged is None else self._merged
             return torch.split(product(x), self.sizes, dim=-1)
         y = self._product(x)
+        if self.change is not None:
+            self.change(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         if self.addition is not None:
             self.addition(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        if self.widening is not None:
+            y = self.widening(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(*y.shape[:-1], -1)
+            return (y,)
         return torch.split(y, self.sizes, dim=-1)
 
 

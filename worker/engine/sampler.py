@@ -28,18 +28,20 @@ from worker.engine.logit_changes import (
     plan_changes,
     restrict,
 )
-from worker.engine.samples import Sample, Sampled, Told, collect, fetch
+from worker.engine.samples import Sample, Sampled, Told, collect, fetch, merge
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import to_device
 from worker.errors import InvalidParameters
 from worker.jobs import MAX_TOP_N_TOKENS, SamplingParams
 
 __all__ = [
+    "Group",
     "Sample",
     "Sampled",
     "SamplingPlan",
     "check",
     "choose",
+    "choose_in_groups",
     "collect",
     "fetch",
     "prepare",
@@ -58,8 +60,13 @@ class SamplingPlan(NamedTuple):
 _GREEDY = SamplingPlan()
 
 
-def check(params: SamplingParams, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-    """Raise InvalidParameters for tokens that a model of `vocab_size` tokens cannot write."""
+def check(
+    params: SamplingParams,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+    whose: str = "the base model",
+) -> None:
+    """Raise InvalidParameters for tokens that a model of `vocab_size` tokens cannot write; it is `whose`."""
     named = {
         "logit_bias": [token for token, _ in params.logit_bias],
         "allowed_token_ids": params.allowed_token_ids,
@@ -68,7 +75,7 @@ def check(params: SamplingParams, vocab_size: int, eos_token_ids: Collection[int
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocab_size:
             raise InvalidParameters(
-                f"parameter {name} has token {max(tokens)}; the base model has {vocab_size} tokens"
+                f"parameter {name} has token {max(tokens)}; {whose} has {vocab_size} tokens"
             )
     endings = ending_tokens(params, eos_token_ids)
     if params.min_new_tokens and params.allowed_token_ids and endings.issuperset(params.allowed_token_ids):
@@ -136,6 +143,31 @@ def choose(logits: torch.Tensor, plan: SamplingPlan, latest: torch.Tensor | None
         # Always as many, so that a row's neighbours cannot change which of equals it gets.
         top_tokens, top_log_probs = likely_tokens(own, min(MAX_TOP_N_TOKENS, own.shape[1]))
     return Sampled(tokens, finite, token_log_probs(own, chosen), top_tokens, top_log_probs, plan.told)
+
+
+class Group(NamedTuple):
+    """Rows of a step that can write equally many tokens."""
+
+    width: int
+    rows: SequenceOf[int]
+    """Where they stand in the batch."""
+    plan: SamplingPlan
+
+
+def choose_in_groups(
+    logits: torch.Tensor, groups: SequenceOf[Group], latest: torch.Tensor | None = None
+) -> Sampled:
+    """As `choose`, for rows of which some have columns that others do not; each row is in one group."""
+    if len(groups) == 1 and groups[0].width == logits.shape[1]:
+        return choose(logits, groups[0].plan, latest)
+    chosen = []
+    for width, rows, plan in groups:
+        places = to_device(torch.tensor(rows), logits.device)
+        own = logits.index_select(0, places)[:, :width].contiguous()
+        chosen.append(
+            (places, rows, choose(own, plan, None if latest is None else latest.index_select(0, places)))
+        )
+    return merge(chosen)
 
 
 def _is_plain(params: SamplingParams) -> bool:

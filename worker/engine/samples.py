@@ -1,5 +1,6 @@
 """What was chosen for the rows of a step, and its way from the device to the host."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,48 @@ class Sampled(NamedTuple):
     told: Told | None
     arrived: torch.cuda.Event | None = None
     """When this has happened a copy that is under way is complete."""
+
+
+def merge(parts: Sequence[tuple[torch.Tensor, Sequence[int], Sampled]]) -> Sampled:
+    """What was chosen for the rows of a step, from parts of them.
+
+    Each part comes with where its rows stand, on the device and on the host.
+    """
+    order = torch.cat([places for places, _, _ in parts])
+    found = torch.cat([sampled.tokens for _, _, sampled in parts])
+    sound = torch.cat([sampled.finite for _, _, sampled in parts])
+    tokens = torch.empty_like(found).index_copy_(0, order, found)
+    finite = torch.empty_like(sound).index_copy_(0, order, sound)
+    told = [(places, rows, sampled) for places, rows, sampled in parts if sampled.told is not None]
+    if not told:
+        return Sampled(tokens, finite, None, None, None, None)
+    log_probs, numbers, top_n = list[torch.Tensor](), list[int](), list[int]()
+    for _, rows, sampled in told:
+        assert sampled.told is not None
+        assert sampled.log_probs is not None
+        log_probs.append(sampled.log_probs)
+        numbers += [rows[number] for number in sampled.told.numbers]
+        top_n += sampled.told.top_n
+    width = max(sampled.top_tokens.shape[1] if sampled.top_tokens is not None else 0 for *_, sampled in told)
+    top_tokens = top_log_probs = None
+    if width:
+        likely = [_likely(sampled, width) for *_, sampled in told]
+        top_tokens = torch.cat([tokens for tokens, _ in likely])
+        top_log_probs = torch.cat([own for _, own in likely])
+    # Where the rows that are told of stand has been used: what is left to do is the host's.
+    whole = Told(torch.empty(0, dtype=torch.int64), tuple(numbers), tuple(top_n))
+    return Sampled(tokens, finite, torch.cat(log_probs), top_tokens, top_log_probs, whole)
+
+
+def _likely(sampled: Sampled, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens and how likely they are, [rows, width]; where nobody asked for any, zeros."""
+    assert sampled.log_probs is not None
+    if sampled.top_tokens is None or sampled.top_log_probs is None:
+        none = sampled.log_probs.new_zeros((len(sampled.log_probs), width))
+        return none.to(torch.int64), none
+    missing = (0, width - sampled.top_tokens.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(sampled.top_tokens, missing), pad(sampled.top_log_probs, missing)
 
 
 def fetch(sampled: Sampled) -> Sampled:

@@ -29,6 +29,7 @@ class Sequence:
         "arrival",
         "blocks",
         "computed",
+        "endings",
         "finish_reason",
         "log_probs",
         "passed_over",
@@ -46,8 +47,10 @@ class Sequence:
         "written",
     )
 
-    def __init__(self, request: InferenceRequest) -> None:
+    def __init__(self, request: InferenceRequest, endings: frozenset[int] = frozenset()) -> None:
         self.request = request
+        self.endings = endings
+        """What its adapter ends it with, beside the base model's EOS tokens."""
         self.tokens: list[int] = list(request.prompt)
         """Prompt and generated token ids."""
         self.log_probs: list[float] = []

@@ -33,6 +33,11 @@ class Tokenizer:
             return tuple(self._tokenizer.encode(text))
 
     @property
+    def eos_token_id(self) -> int | None:
+        own = self._tokenizer.eos_token_id
+        return None if own is None else int(own)
+
+    @property
     def first_token(self) -> int:
         """What stands before a text that nothing comes before: the BOS token, else the EOS token.
 
