@@ -97,12 +97,8 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
         calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
-        host, port, token = settings.http_host, settings.http_port, settings.http_token
         apis = Apis(adapters=api, calls=calls, metrics=metrics)
-        port = await stack.enter_async_context(
-            serving(host, port, registry, not_ready, token=token, apis=apis)
-        )
-        logger.info("listening", extra={"host": host, "port": port})
+        await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
         messages = await stack.enter_async_context(open_messages(settings, clients))
         mirror = await stack.enter_async_context(_mirror(settings))
         owned = await stack.enter_async_context(_owned_tasks())
@@ -339,6 +335,16 @@ class _Signals:
 
     def _received(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+@asynccontextmanager
+async def _listening(
+    settings: Settings, registry: CollectorRegistry, not_ready: Callable[[], str | None], apis: Apis
+) -> AsyncIterator[None]:
+    host, port, token = settings.http_host, settings.http_port, settings.http_token
+    async with serving(host, port, registry, not_ready, token=token, apis=apis) as bound:
+        logger.info("listening", extra={"host": host, "port": bound})
+        yield
 
 
 @asynccontextmanager

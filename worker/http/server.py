@@ -51,8 +51,9 @@ async def serving(
     """Serve until the end of the block; yields the port, which the kernel chose when `port` is 0.
 
     /live answers 200 while the event loop runs; /ready answers 503 with the reason that `not_ready` gives,
-    200 once it gives none. `apis` answer what is their own, and are closed in the end. With a `token`, everything but those two and /ping asks for it as a bearer token. Raises LoramillError when the
-    address cannot be had.
+    200 once it gives none. `apis` answer what is their own, and are closed in the end. With a `token`,
+    everything but those two and /ping asks for it as a bearer token. Raises LoramillError when the address
+    cannot be had.
     """
     apis = apis or Apis()
 
