@@ -85,6 +85,7 @@ async def calling(
     body_seconds: float = 5.0,
     timeout_seconds: float = 30.0,
     max_passed_over: int = 256,
+    in_flight_rows: int = 8,
 ) -> AsyncIterator[Worker]:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
@@ -113,7 +114,7 @@ async def calling(
         directory = AdapterDirectory(
             adapters, 30.0, registered=registered.find if registered is not None else lambda _: None
         )
-        rows = make_runner(bridge, core.base.tokenizer, directory)
+        rows = make_runner(bridge, core.base.tokenizer, directory, max_rows=in_flight_rows)
         generation = Generation(rows.answer, CallLimits(max_rows, timeout_seconds), {MODEL, "org/tiny"})
         calls.models[MODEL] = generation
         async with serving(

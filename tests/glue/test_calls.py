@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import json
+import re
+import shlex
 import shutil
 import threading
 
@@ -11,7 +13,11 @@ import pytest
 from tests.glue.calling import MODEL, Worker, make_core, serve
 from tests.glue.registering import refused
 from tests.glue.support import until
+from tests.test_docs import README, blocks
 from worker.errors import EngineFailed
+from worker.http import inference_api
+from worker.http.generation import STATUSES
+from worker.wire.calls import FIELDS
 
 FAILED = "FailedDependencyException"
 HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
@@ -439,3 +445,53 @@ def test_calls_run_beside_a_job_and_both_say_what_they_say_alone(run):
         assert [result.text for result in await job] == expected
 
     run(scenario)
+
+
+def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
+    for name, path in zip(("pirate", "robot"), adapter_paths, strict=False):
+        shutil.copytree(path, tmp_path / "adapters" / name)
+    block = next(block for block in blocks("sh") if block.startswith("here="))
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("curl")]
+
+    async def scenario(worker: Worker):
+        worker.calls.models["llama"] = worker.generation
+        answers = [await curl(worker, *command) for command in commands]
+        assert [answer.status for answer in answers] == [200] * len(commands)
+        ping, single, several, plain, header, scored = [answer.body for answer in answers]
+        assert ping == {"status": "Healthy"}
+        assert set(single) == set(plain) == {"generated_text"}
+        assert [set(one) for one in several] == [{"generated_text"}] * 2
+        assert (
+            several[0]["generated_text"][:20] == plain["generated_text"][:20] != several[1]["generated_text"]
+        )
+        assert header["details"]["inputs"] == "Who goes there?"
+        assert header["generated_text"] != plain["generated_text"]
+        assert scored[0]["logprob"] < 0
+
+    serve(core, tmp_path / "adapters", tmp_path, scenario)
+
+
+async def curl(worker: Worker, target: str, *options: str):
+    """What the command of this name would do."""
+    headers, data = {}, None
+    for flag, value in zip(options[::2], options[1::2], strict=True):
+        assert flag in {"-H", "-d"}
+        if flag == "-d":
+            data = value.encode()
+        else:
+            name, _, said = value.partition(": ")
+            headers[name] = said
+    assert target.startswith("$here/")
+    return await worker("GET" if data is None else "POST", target.removeprefix("$here"), headers, data)
+
+
+def test_the_readme_names_every_route_field_and_error():
+    text = README.read_text().partition("\n## Calling over HTTP\n")[2].partition("\n## ")[0]
+    routes = re.findall(r"^\| `([A-Z]+ \S+)` \|", text, re.MULTILINE)
+    assert routes == re.findall(
+        r"^ {4}([A-Z]+ +\S+)", inference_api.__doc__.replace("GET  ", "GET "), re.MULTILINE
+    )
+    assert all(f"`{field}`" in text for field in FIELDS - {"stream"})
+    rows = re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
+    told = {int(code) for row in rows for code in row.split(", ")}
+    assert told == {*STATUSES.values(), 400, 401, 403, 404, 405, 408, 413, 415, 503}
