@@ -47,8 +47,8 @@ FLOORS = [
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
-        "worker.app", "worker.cli", "worker.demo", "worker.options", "worker.shelf", "worker.show_progress",
-        "worker.sources",
+        "worker.app", "worker.cli", "worker.demo", "worker.messages", "worker.options", "worker.shelf",
+        "worker.show_progress", "worker.sources",
         "worker.local_progress", "worker.local_rows", "worker.run_batch",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",
     },

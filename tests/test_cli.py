@@ -108,11 +108,10 @@ def test_unknown_option_and_unknown_command_are_misuse(cli):
 
 
 def test_a_bad_setting_is_named_with_its_value_and_its_limit(cli):
-    result = cli("worker", "--max-num-seqs", "0")
+    result = cli("worker", "--max-num-seqs", "0", LORAMILL_QUEUE_URL="https://host/1/jobs")
     assert_misuse(
         result,
         "model: required",
-        "queue_url: required",
         "output_prefixes: required",
         "max_num_seqs: '0' (from --max-num-seqs) must be at least 1",
     )
@@ -136,19 +135,19 @@ def test_every_mistake_is_told_at_once(cli):
 
 
 def test_what_is_missing_is_told_with_what_is_wrong(cli):
-    result = cli("worker", "--max-loras", "0")
+    result = cli("worker", "--max-loras", "0", LORAMILL_QUEUE_URL="not a url")
     assert result.exit_code == 2
     told = {line.split(":")[1].strip() for line in result.stderr.splitlines()}
     assert told == {"max_loras", "model", "queue_url", "output_prefixes"}
 
 
 def test_worker_says_which_required_settings_are_missing(cli):
-    assert_misuse(
-        cli("worker"),
-        "model: required, and not set; set LORAMILL_MODEL or --model",
-        "queue_url: required, and not set; set LORAMILL_QUEUE_URL or --queue-url",
-        "output_prefixes: required, and not set; set LORAMILL_OUTPUT_PREFIXES or --output-prefixes",
-    )
+    model = "model: required, and not set; set LORAMILL_MODEL or --model"
+    queue = "queue_url: required, and not set; set LORAMILL_QUEUE_URL or --queue-url"
+    output = "output_prefixes: required, and not set; set LORAMILL_OUTPUT_PREFIXES or --output-prefixes"
+    assert_misuse(cli("worker", "--output-prefixes", "s3://b/out/"), model, queue)
+    assert_misuse(cli("worker", "--queue-url", "https://host/1/jobs"), model, output)
+    assert_misuse(cli("worker"), model)
 
 
 def test_a_secret_is_not_shown_among_the_mistakes(cli):

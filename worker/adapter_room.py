@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 
 from worker.engine.lora_store import LoRAStore
 from worker.errors import EngineFailed
@@ -19,42 +20,57 @@ class _Waiting:
         self.rows: deque[asyncio.Future[None]] = deque()
 
 
+_Line = OrderedDict[AdapterKey, _Waiting]
+
+
 class AdapterRoom:
-    """Reserves adapters of a store for rows, in a line. Used from one event loop.
+    """Reserves adapters of a store for rows, in two lines. Used from one event loop.
 
     An adapter that is in memory already is had at once, past those who wait; but at most `max_passed_over`
-    rows may pass the first of the line. From then on nobody else gets anything until that one has its room,
+    rows may pass the first of a line. From then on nobody else gets anything until that one has its room,
     which comes when the rows at work have ended.
+
+    Interactive rows have a line of their own, which is served before the other one, and counts as passing
+    it. While one of them waits, `make_room` is called now and then: it may have rows of the queue give back
+    what they have reserved.
     """
 
-    def __init__(self, store: LoRAStore, max_passed_over: int) -> None:
+    def __init__(
+        self, store: LoRAStore, max_passed_over: int, make_room: Callable[[], None] = lambda: None
+    ) -> None:
         self._store = store
         self._max_passed_over = max_passed_over
-        self._line: OrderedDict[AdapterKey, _Waiting] = OrderedDict()
+        self._make_room = make_room
+        self._line: _Line = OrderedDict()
+        self._urgent: _Line = OrderedDict()
         self._closed = False
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(waiting.rows) for waiting in self._line.values())
+        lines = (*self._urgent.values(), *self._line.values())
+        return sum(len(waiting.rows) for waiting in lines)
 
-    async def reserve(self, key: AdapterKey, expected_bytes: int = 0) -> None:
+    async def reserve(self, key: AdapterKey, expected_bytes: int = 0, *, interactive: bool = False) -> None:
         """Wait until `key` is reserved once more. Raises EngineFailed when it is closed."""
         if self._closed:
             raise EngineFailed("the engine has stopped")
-        if self._take(key, expected_bytes):
+        if self._take(key, expected_bytes, interactive=interactive):
             return
-        waiting = self._line.setdefault(key, _Waiting(expected_bytes))
+        line = self._urgent if interactive else self._line
+        waiting = line.setdefault(key, _Waiting(expected_bytes))
         row: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting.rows.append(row)
+        self.ask_for_room()
         try:
             await row
         except asyncio.CancelledError:
-            self._leave(key, row)
+            self._leave(line, key, row)
             raise
 
     def try_reserve(self, key: AdapterKey, expected_bytes: int = 0) -> bool:
         """Reserve `key` once more if that needs no waiting; nobody is passed for it."""
-        return not self._closed and not self._line and self._store.reserve(key, expected_bytes)
+        nobody_waits = not self._line and not self._urgent
+        return not self._closed and nobody_waits and self._store.reserve(key, expected_bytes)
 
     def release(self, key: AdapterKey) -> None:
         """Take one reservation back, and let in whoever that makes room for."""
@@ -62,59 +78,83 @@ class AdapterRoom:
         self.let_in()
 
     def let_in(self) -> None:
-        """Serve the line as far as there is room. To be called when something was unpinned, too."""
-        for key in [*self._line]:
-            is_first = key == next(iter(self._line))
-            if is_first or key in self._store:
-                self._admit(key)
+        """Serve the lines as far as there is room. To be called when something was unpinned, too."""
+        first = next(iter(self._line), None)
+        if first is not None and self._is_due(self._line[first]):
+            self._admit(self._line, first)
+        self._serve(self._urgent)
+        self.ask_for_room()
+        if not self._urgent:
+            self._serve(self._line)
+
+    def ask_for_room(self) -> None:
+        """If an interactive row waits, and no row of the queue is due before it, have room made."""
+        if self._urgent and not any(map(self._is_due, [*self._line.values()][:1])):
+            self._make_room()
 
     def close(self) -> None:
         """Whoever waits, or comes later, is told that the engine has stopped."""
         self._closed = True
-        line, self._line = self._line, OrderedDict()
-        for row in [row for waiting in line.values() for row in waiting.rows]:
+        waiting = [*self._urgent.values(), *self._line.values()]
+        self._urgent, self._line = OrderedDict(), OrderedDict()
+        for row in [row for one in waiting for row in one.rows]:
             if not row.done():
                 row.set_exception(EngineFailed("the engine has stopped"))
 
     @property
-    def _may_pass(self) -> bool:
-        first = next(iter(self._line.values()), None)
-        return first is None or first.passed_over < self._max_passed_over
+    def _heads(self) -> Iterator[_Waiting]:
+        """The first of each line."""
+        for line in (self._line, self._urgent):
+            yield from [*line.values()][:1]
 
-    def _take(self, key: AdapterKey, expected_bytes: int) -> bool:
-        """Reserve past the line, if that is allowed."""
-        first = next(iter(self._line.values()), None)
-        if first is not None and (key not in self._store or key in self._line or not self._may_pass):
+    def _is_due(self, waiting: _Waiting) -> bool:
+        return waiting.passed_over >= self._max_passed_over
+
+    def _take(self, key: AdapterKey, expected_bytes: int, *, interactive: bool) -> bool:
+        """Reserve past the lines, if that is allowed."""
+        ahead = self._urgent if interactive else self._urgent or self._line
+        if ahead and (key not in self._store or key in ahead or (not interactive and self._urgent)):
             return False
-        if not self._store.reserve(key, expected_bytes):
+        if any(map(self._is_due, self._heads)) or not self._store.reserve(key, expected_bytes):
             return False
-        if first is not None:
-            first.passed_over += 1
+        for head in self._heads:
+            head.passed_over += 1
         return True
 
-    def _admit(self, key: AdapterKey) -> None:
+    def _serve(self, line: _Line) -> None:
+        for key in [*line]:
+            is_first = key == next(iter(line))
+            if is_first or key in self._store:
+                self._admit(line, key)
+
+    def _admit(self, line: _Line, key: AdapterKey) -> None:
         """Let in as many rows of an adapter as can be."""
-        waiting = self._line[key]
-        first = next(iter(self._line.values()))
-        while waiting.rows and (waiting is first or self._may_pass):
+        waiting = line[key]
+        while waiting.rows and self._may_go(waiting):
             if waiting.rows[0].done():  # cancelled, and about to say so itself
                 waiting.rows.popleft()
                 continue
             if not self._store.reserve(key, waiting.expected_bytes):
                 return
             waiting.rows.popleft().set_result(None)
-            if waiting is not first:
-                first.passed_over += 1
+            for head in self._heads:
+                head.passed_over += head is not waiting
         if not waiting.rows:
-            del self._line[key]
+            del line[key]
 
-    def _leave(self, key: AdapterKey, row: asyncio.Future[None]) -> None:
+    def _may_go(self, waiting: _Waiting) -> bool:
+        """The first of the queue's line may when it is asked; others while they pass nobody who is due."""
+        heads = [*self._heads]
+        is_first = waiting is next(iter(self._line.values()), None)
+        return is_first or not any(self._is_due(head) for head in heads if head is not waiting)
+
+    def _leave(self, line: _Line, key: AdapterKey, row: asyncio.Future[None]) -> None:
         """A row that waited was cancelled, perhaps just after it was let in."""
-        waiting = self._line.get(key)
+        waiting = line.get(key)
         if row.done() and not row.cancelled() and row.exception() is None:
             self.release(key)
         elif waiting is not None and row in waiting.rows:
             waiting.rows.remove(row)
             if not waiting.rows:
-                del self._line[key]
+                del line[key]
             self.let_in()

@@ -62,14 +62,16 @@ class AdapterDirectory:
     async def find(self, name: str, waited_seconds: float = 0.0) -> AdapterFolder:
         """The current version. Raises AdapterNotFound, or AdapterInvalid with the mirror's reason.
 
-        `waited_seconds` is taken off the wait: the caller has waited so long for other names.
+        `waited_seconds` is taken off the wait: the caller has waited so long for other names. With infinity
+        there is no wait, and nobody is told of the name.
         """
         if self._folder is None:
             raise AdapterNotFound(f"Adapter {name} cannot be used: LoRA is not enabled")
         found = await self._look(name)
         if found is not None:
             return found
-        if not is_adapter_name(name) or self._given_up.get(name, -math.inf) > self._clock():
+        given_up = self._given_up.get(name, -math.inf) > self._clock()
+        if given_up or math.isinf(waited_seconds) or not is_adapter_name(name):
             raise await self._not_there(name)
         wait = self._waits.get(name)
         if wait is None:

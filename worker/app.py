@@ -1,12 +1,10 @@
 """The worker, wired: what is built from what, and the order in which it all comes up and down."""
 
 import asyncio
-import importlib.metadata
 import logging
 import os
 import signal
-import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
@@ -22,7 +20,6 @@ from adapters_sync.options import MirrorOptions
 from adapters_sync.reconcile import Mirror, open_mirror
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
-from worker.commit import Committer, Provenance
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
@@ -39,20 +36,20 @@ from worker.engine.products import product_dtype
 from worker.errors import SettingsError
 from worker.flow import FlowControl
 from worker.http.adapters_api import AdaptersApi
-from worker.http.server import serving
-from worker.intake import POLL_SECONDS, Intake
+from worker.http.generation import CallLimits, Generation
+from worker.http.inference_api import HttpLimits, InferenceApi
+from worker.http.server import Apis, serving
+from worker.intake import Intake
+from worker.messages import open_messages
 from worker.metrics import Metrics
 from worker.model_source import fetch_weights, remote_properties
 from worker.registry import AdapterRegistry
 from worker.rows import RowRunner
-from worker.runner import JobLimits, Runner
+from worker.runner import names_of
 from worker.settings import Settings, notes
 from worker.shelf import VersionShelf
-from worker.splitter import Splitter
 from worker.stats import Exporter
 from worker.transport.clients import Clients
-from worker.transport.lease import LeaseKeeper
-from worker.transport.queue import QueueInfo, SqsQueue
 from worker.transport.store import S3Store
 
 logger = logging.getLogger(__name__)
@@ -89,9 +86,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         properties = await remote_properties(settings, objects)
         if properties is not None:
             settings = reread(properties)
-        for note in notes(settings, properties):
-            logger.warning(note)
-
+        _tell(notes(settings, properties))
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         exporter = Exporter(metrics, settings.metrics_adapters)
@@ -103,14 +98,11 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             return None if loaded.is_set() else "loading the model"
 
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
-        host, port, token = settings.http_host, settings.http_port, settings.http_token
-        port = await stack.enter_async_context(serving(host, port, registry, not_ready, token=token, api=api))
-        logger.info("listening", extra={"host": host, "port": port})
-
-        assert settings.queue_url is not None
-        queue = SqsQueue(clients, settings.queue_url, visibility_seconds=settings.visibility_timeout_seconds)
-        info = await queue.describe()
-        _warn_about(info, settings)
+        limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
+        calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
+        apis = Apis(adapters=api, calls=calls, metrics=metrics)
+        await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
+        messages = await stack.enter_async_context(open_messages(settings, clients))
         mirror = await stack.enter_async_context(_mirror(settings))
         owned = await stack.enter_async_context(_owned_tasks())
         weights = await fetch_weights(settings, objects, _logging_bytes())
@@ -123,7 +115,6 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         if signals.stop.is_set():
             return
 
-        keeper = await stack.enter_async_context(LeaseKeeper(queue, settings.visibility_timeout_seconds))
         bridge = await stack.enter_async_context(
             Bridge(
                 core.engine,
@@ -147,35 +138,28 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             flow_of(settings, core),
             own_tokenizer=core.tokenizers.of,
         )
-        runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
-        intake = Intake(
-            queue,
-            keeper,
-            runner,
-            metrics,
-            room=lambda: rows.room,
-            mean_rows=lambda: rows.mean_rows,
-            max_messages=settings.in_flight_rows,
-            poll_seconds=max(1.0, min(POLL_SECONDS, settings.exit_when_idle_seconds or POLL_SECONDS)),
-        )
+        calls.models[settings.model_name] = _generation(settings, rows)
+        intake = None if messages is None else messages.intake(rows, objects, metrics)
 
         def export() -> None:
-            exporter.leases(keeper.stats, keeper.lag)
+            if messages is not None:
+                exporter.leases(messages.keeper.stats, messages.keeper.lag)
             exporter.store(core.store.stats())
             exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
             metrics.rows_in_flight.set(rows.in_flight)
 
-        idleness = _watch_idleness(intake, settings.exit_when_idle_seconds, signals.stop)
+        if messages is not None:
+            owned.add(asyncio.create_task(messages.keeper.wait(), name="leases"))
+        idleness = _watch_idleness(intake, calls, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
             asyncio.create_task(bridge.wait(), name="engine"),
-            asyncio.create_task(keeper.wait(), name="leases"),
             asyncio.create_task(_export(export), name="export"),
             asyncio.create_task(idleness, name="idleness"),
         }
         loaded.set()
         metrics.ready.set_function(lambda: 0 if not_ready() else 1)
         logger.info("ready", extra={"queue": settings.queue_url})
-        await _serve(intake, owned, signals, settings.drain_timeout_seconds)
+        await _serve(intake, calls, owned, signals, settings.drain_timeout_seconds)
 
 
 def build_core(settings: Settings, weights: str) -> Core:
@@ -292,14 +276,30 @@ def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
         logger.warning("cannot tell mirrors what adapters must fit", extra={"reason": str(error)})
 
 
+def _generation(settings: Settings, rows: RowRunner) -> Generation:
+    """The base model and its adapters, as what can be called."""
+    limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
+    return Generation(rows.answer, limits, names_of(str(settings.model)))
+
+
+def _tell(found: Iterable[str]) -> None:
+    for note in found:
+        logger.warning(note)
+
+
 async def _serve(
-    intake: Intake, owned: set[asyncio.Task[None]], signals: "_Signals", drain_timeout_seconds: float
+    intake: Intake | None,
+    calls: InferenceApi,
+    owned: set[asyncio.Task[None]],
+    signals: "_Signals",
+    drain_timeout_seconds: float,
 ) -> None:
-    """Take messages until told to stop, or until something that must live has died; then drain.
+    """Answer calls and take messages until told to stop, or until something that must live died; then drain.
 
     Raises what it died of.
     """
-    polling = asyncio.create_task(intake.run(signals.stop), name="intake")
+    taking = signals.stop.wait() if intake is None else intake.run(signals.stop)
+    polling: asyncio.Task[object] = asyncio.create_task(taking, name="intake")
     stopping = asyncio.create_task(signals.stop.wait(), name="stop")
     hurrying = asyncio.create_task(signals.hurry.wait(), name="hurry")
     try:
@@ -307,7 +307,7 @@ async def _serve(
         broken = [task for task in ended if task.exception() is not None]
         signals.stop.set()
         logger.info("draining", extra={"timeout_seconds": drain_timeout_seconds})
-        drained = await intake.drain(0 if broken else drain_timeout_seconds, signals.hurry)
+        drained = await _drain(intake, calls, 0 if broken else drain_timeout_seconds, signals.hurry)
         # The poll under way may still bring messages, which go back at once.
         await asyncio.wait({polling, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         # In a hurry too: what was just given back may have come in by our own poll.
@@ -321,6 +321,24 @@ async def _serve(
         for task in (polling, stopping, hurrying):
             task.cancel()
         await asyncio.gather(polling, stopping, hurrying, return_exceptions=True)
+
+
+async def _drain(
+    intake: Intake | None, calls: InferenceApi, timeout_seconds: float, hurry: asyncio.Event
+) -> bool:
+    """Wait for what is at work; returns whether all of it ended by itself."""
+
+    async def drained_calls() -> bool:
+        ends = {asyncio.create_task(calls.idle()), asyncio.create_task(hurry.wait())}
+        await asyncio.wait(ends, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        return not calls.num_calls
+
+    async def drained_messages() -> bool:
+        return intake is None or await intake.drain(timeout_seconds, hurry)
+
+    return all(await asyncio.gather(drained_messages(), drained_calls()))
 
 
 @asynccontextmanager
@@ -347,6 +365,16 @@ class _Signals:
 
     def _received(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+@asynccontextmanager
+async def _listening(
+    settings: Settings, registry: CollectorRegistry, not_ready: Callable[[], str | None], apis: Apis
+) -> AsyncIterator[None]:
+    host, port, token = settings.http_host, settings.http_port, settings.http_token
+    async with serving(host, port, registry, not_ready, token=token, apis=apis) as bound:
+        logger.info("listening", extra={"host": host, "port": bound})
+        yield
 
 
 @asynccontextmanager
@@ -387,54 +415,12 @@ async def _registered(
     return registry
 
 
-def _warn_about(info: QueueInfo, settings: Settings) -> None:
-    """Say at the start what about the queue will hurt later."""
-    if info.max_receive_count is None:
-        logger.warning("the queue has no redrive policy: a message that always fails comes back for ever")
-    elif settings.dead_letter == "store" and settings.dead_letter_prefix is None:
-        logger.warning("dead_letter is store, and there is no place to store: set dead_letter_uri")
-
-
 def flow_of(settings: Settings, core: Core) -> FlowControl:
     """How much of the rows an engine may have at work."""
     return FlowControl(
         max_rows=settings.in_flight_rows,
         max_tokens=settings.max_in_flight_tokens or core.cache_tokens * _CACHES_AHEAD,
         max_bytes=settings.max_in_flight_bytes,
-    )
-
-
-def _runner(
-    settings: Settings,
-    info: QueueInfo,
-    rows: RowRunner,
-    objects: S3Store,
-    queue: SqsQueue,
-    *,
-    metrics: Metrics,
-) -> Runner:
-    committer = Committer(objects, provenance(settings))
-    splitter = Splitter(objects, committer, queue, rows_per_part=settings.rows_per_part)
-    return Runner(_limits(settings, info), rows, committer, splitter, metrics, store=objects)
-
-
-def _limits(settings: Settings, info: QueueInfo) -> JobLimits:
-    return JobLimits(
-        output_prefixes=settings.output_prefixes,
-        max_rows_per_job=settings.max_rows_per_job,
-        dead_letter_prefix=settings.dead_letter_prefix if settings.dead_letter == "store" else None,
-        max_receive_count=info.max_receive_count,
-        # `enqueue` puts files where their results go.
-        input_prefixes=settings.input_prefixes and settings.input_prefixes + settings.output_prefixes,
-    )
-
-
-def provenance(settings: Settings) -> Provenance:
-    """What this process says of itself in manifests."""
-    return Provenance(
-        worker=f"{socket.gethostname()}-{os.getpid()}",
-        base_model=str(settings.model),
-        software_version=f"loramill {importlib.metadata.version('loramill')}",
     )
 
 
@@ -459,12 +445,19 @@ async def _export(bring_up_to_date: Callable[[], None]) -> None:
         await asyncio.sleep(_EXPORT_SECONDS)
 
 
-async def _watch_idleness(intake: Intake, seconds: float | None, stop: asyncio.Event) -> None:
-    """Set `stop` once the queue has been empty for `seconds`; never, when that is None."""
+async def _watch_idleness(
+    intake: Intake | None, calls: InferenceApi, seconds: float | None, stop: asyncio.Event
+) -> None:
+    """Set `stop` once there has been nothing to do for `seconds`; never, when that is None."""
     if seconds is None:
         await stop.wait()
         return
-    while (left := seconds - intake.idle_seconds) > 0:  # noqa: ASYNC110 (what is waited for is time)
+
+    def idle_seconds() -> float:
+        idle = calls.idle_seconds
+        return idle if intake is None else min(idle, intake.idle_seconds)
+
+    while (left := seconds - idle_seconds()) > 0:  # noqa: ASYNC110 (what is waited for is time)
         await asyncio.sleep(min(1.0, left))
     logger.info("idle", extra={"seconds": seconds})
     stop.set()

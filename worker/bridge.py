@@ -1,6 +1,7 @@
 """asyncio on one side, the engine's thread on the other."""
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
@@ -21,6 +22,8 @@ from worker.jobs import AdapterKey, Completion, InferenceRequest
 logger = logging.getLogger(__name__)
 
 
+_MOST_DISPLACED = 3
+"""How often a row of the queue may have to begin anew, for room in host memory."""
 _MOST_COUNTED = 10_000
 """Adapter versions whose rows are counted; the counts of those that came first go first."""
 
@@ -35,13 +38,16 @@ class AdapterDetails(NamedTuple):
 
 
 class _Flight:
-    """A request inside the engine, and who waits for it."""
+    """A request inside the engine, and who waits for it; who hears of no completion has to begin anew."""
 
-    __slots__ = ("future", "request")
+    __slots__ = ("future", "may_be_displaced", "request")
 
-    def __init__(self, request: InferenceRequest, future: asyncio.Future[Completion]) -> None:
+    def __init__(
+        self, request: InferenceRequest, future: asyncio.Future[Completion | None], *, may_be_displaced: bool
+    ) -> None:
         self.request = request
         self.future = future
+        self.may_be_displaced = may_be_displaced
 
 
 class Bridge:
@@ -51,6 +57,10 @@ class Bridge:
     loaded on threads of their own, `load_threads` at a time; while a row waits for its adapter, or for room
     in the host tier, the engine goes on with the rest. For that room at most `max_passed_over` rows that
     came later pass one that came earlier.
+
+    Interactive requests go before the others, here as in the engine: they have a thread of their own for
+    loading, and where host memory is full of adapters that rows of the queue have reserved, the rows of
+    one of these have to begin anew. None has to more than a few times.
     """
 
     def __init__(
@@ -67,8 +77,11 @@ class Bridge:
         self._store = store
         self._on_step = on_step
         self._on_row = on_row
-        self._room = AdapterRoom(store, max_passed_over)
+        self._room = AdapterRoom(store, max_passed_over, self._displace)
+        self._displacing: set[str] = set()
+        """Requests that the engine was told to drop, and that begin anew after that."""
         self._loaders = ThreadPoolExecutor(load_threads, "adapter-loader")
+        self._urgent_loader = ThreadPoolExecutor(1, "interactive-loader")
         self._inbox: queue.SimpleQueue[InferenceRequest | str | None] = queue.SimpleQueue()
         self._flights: dict[str, _Flight] = {}
         self._rows_of: Counter[AdapterKey] = Counter()
@@ -88,7 +101,8 @@ class Bridge:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         self._end(EngineFailed("the engine has stopped"))
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        for loaders in (self._loaders, self._urgent_loader):
+            loaders.shutdown(wait=False, cancel_futures=True)
 
     async def wait(self) -> None:
         """Return when the engine has stopped; raise EngineFailed if it broke."""
@@ -102,12 +116,20 @@ class Bridge:
         """
         self._engine.check(request)
         if adapter is None:
-            return await self._fly(request)
-        key = AdapterKey(adapter.name, adapter.version)
-        await self._room.reserve(key, await self._expected_bytes(key, adapter.path))
-        # From here on the release must happen once, and not before the engine let go of the weights.
-        await self._load(key, adapter)
-        return await self._fly(request)
+            completion = await self._fly(request)
+            assert completion is not None
+            return completion
+        key, interactive = AdapterKey(adapter.name, adapter.version), request.interactive
+        for times in itertools.count():
+            expected_bytes = await self._expected_bytes(key, adapter.path)
+            await self._room.reserve(key, expected_bytes, interactive=interactive)
+            # From here on the release must happen once, and not before the engine let go of the weights.
+            await self._load(key, adapter, interactive=interactive)
+            may_be_displaced = not interactive and times < _MOST_DISPLACED
+            completion = await self._fly(request, may_be_displaced=may_be_displaced)
+            if completion is not None:
+                return completion
+        raise AssertionError("nobody is displaced for ever")
 
     async def preload(self, adapter: AdapterFolder, *, pin: bool = False) -> None:
         """Bring an adapter into host memory, and with `pin` keep it there until `unpin`.
@@ -163,13 +185,14 @@ class Bridge:
         """What an adapter that is not in memory may take: the size of its file."""
         return 0 if key in self._store else await asyncio.to_thread(weights_bytes, folder)
 
-    async def _load(self, key: AdapterKey, adapter: AdapterFolder) -> None:
+    async def _load(self, key: AdapterKey, adapter: AdapterFolder, *, interactive: bool = False) -> None:
         """Load a reserved adapter; if that fails it is released."""
         if self._store.loaded(key) is not None:
             self._store.load(key, adapter.path)  # at once; it counts
             return
+        loaders = self._urgent_loader if interactive else self._loaders
         try:
-            await self._loop.run_in_executor(self._loaders, self._store.load, key, adapter.path)
+            await self._loop.run_in_executor(loaders, self._store.load, key, adapter.path)
         except BaseException as exc:
             self._room.release(key)
             if isinstance(exc, OSError):
@@ -178,13 +201,17 @@ class Bridge:
                 raise OutOfMemory(f"Adapter {adapter.name} finds no memory: {exc}") from exc
             raise
 
-    async def _fly(self, request: InferenceRequest) -> Completion:
+    async def _fly(self, request: InferenceRequest, *, may_be_displaced: bool = False) -> Completion | None:
+        """What comes of a request; None if it had to make room."""
         assert self._over is not None
         if self._over.done():
             self._let_go(request)
             raise EngineFailed("the engine has stopped")
-        flight = self._flights[request.id] = _Flight(request, self._loop.create_future())
+        future: asyncio.Future[Completion | None] = self._loop.create_future()
+        flight = self._flights[request.id] = _Flight(request, future, may_be_displaced=may_be_displaced)
         self._inbox.put(request)
+        if may_be_displaced:
+            self._room.ask_for_room()  # nobody could be displaced while it was loaded
         try:
             return await flight.future
         except asyncio.CancelledError:
@@ -194,6 +221,22 @@ class Bridge:
     def _let_go(self, request: InferenceRequest) -> None:
         if request.adapter is not None:
             self._room.release(request.adapter)
+
+    def _displace(self) -> None:
+        """Have the rows of the queue that use one adapter begin anew, to make room in host memory.
+
+        Of an adapter that nobody else uses, and the one with the fewest rows.
+        """
+        if self._displacing:
+            return
+        flights: dict[AdapterKey, list[_Flight]] = {}
+        for flight in self._flights.values():
+            if flight.may_be_displaced and flight.request.adapter is not None:
+                flights.setdefault(flight.request.adapter, []).append(flight)
+        alone = [own for key, own in flights.items() if len(own) == self._store.users(key)]
+        for flight in min(alone, key=len, default=[]):
+            self._displacing.add(flight.request.id)
+            self._inbox.put(flight.request.id)
 
     # The engine's thread.
 
@@ -249,6 +292,8 @@ class Bridge:
         flight = self._flights.pop(request_id, None)
         if flight is None:
             return
+        displaced = request_id in self._displacing
+        self._displacing.discard(request_id)
         self._let_go(flight.request)
         if isinstance(outcome, Completion):
             self._count(flight.request.adapter, outcome)
@@ -258,6 +303,8 @@ class Bridge:
             flight.future.set_result(outcome)
         elif isinstance(outcome, Exception):
             flight.future.set_exception(outcome)
+        elif displaced:
+            flight.future.set_result(None)
         else:
             flight.future.cancel()
 

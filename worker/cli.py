@@ -50,11 +50,15 @@ _ENQUEUE = [info for info in _INFOS if info.name in {"queue_url", "output_prefix
 @app.command()
 @with_settings(_INFOS)
 def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
-    """Take jobs from the queue, run them, and commit their results to S3, until told to stop."""
+    """Take jobs from the queue, run them, and commit their results to S3, until told to stop.
+
+    Calls over HTTP are answered beside; without a queue, they alone.
+    """
     with _readable_errors(debug):
         environ = dict(os.environ)
-        required = ("model", "queue_url", "output_prefixes")
-        settings = read_settings(environ=environ, flags=flags, required=required)
+        settings = read_settings(
+            environ=environ, flags=flags, required=("model",), together=("queue_url", "output_prefixes")
+        )
         properties = local_properties(settings)
         if properties is not None:
             settings = read_settings(environ=environ, flags=flags, properties=properties)

@@ -62,6 +62,8 @@ async def examine(settings: Settings) -> Findings:
 async def _settings(settings: Settings) -> Findings:
     """Those without which no worker starts."""
     needed = {"QUEUE_URL": settings.queue_url, "OUTPUT_PREFIXES": settings.output_prefixes}
+    if not any(needed.values()):
+        needed = {}  # it answers calls over HTTP
     return [
         Finding(f"setting {name}", Verdict.FAILED, "it is not set, and a worker needs it")
         for name, value in (needed | {"MODEL": settings.model}).items()

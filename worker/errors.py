@@ -18,6 +18,7 @@ LoramillError
 │   ├── AdapterInvalid       the adapter exists and cannot be applied whole
 │   ├── Expired              not started within the job's ttl_seconds
 │   ├── Cancelled            not started before its sender took the job back
+│   ├── TimedOut             somebody waits for the row, and it took too long
 │   ├── OutOfMemory          the row alone does not fit
 │   ├── AdapterStoreFull     host memory is full of adapters in use or pinned
 │   └── RowFailed            anything else that is this row's own
@@ -151,6 +152,13 @@ class Cancelled(RowError):
     """The job was cancelled before the row was started."""
 
     code = "cancelled"
+
+
+class TimedOut(RowError):
+    """A row of a call did not end in time."""
+
+    code = "timeout"
+    retryable = True
 
 
 class OutOfMemory(RowError):

@@ -229,6 +229,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[int, ...] = ()
     """Tokens whose log-probability is all that is wanted: the i-th of n after all of `prompt` but the last
     n - 1 - i tokens. Then `max_new_tokens` is 0, and `prompt` has as many tokens or more."""
+    interactive: bool = False
+    """Whether somebody waits for it: it goes before rows of the queue."""
 
 
 class Score(msgspec.Struct, frozen=True):

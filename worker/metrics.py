@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from worker.errors import AdapterInvalid
 
 _SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_HTTP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _LOAD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -17,6 +18,8 @@ OUTCOMES = ("committed", "duplicate", "split", "ignored", "failed", "dead_letter
 TIERS = ("slot", "host")
 BASE, OTHERS = "(base)", "(others)"
 """Values of the label `adapter` that no adapter can have for a name."""
+HTTP_ROUTES = ("invocations", "predictions", "v1", "ping", "metrics", "live", "ready")
+"""Values of the label `route`, beside adapters and other."""
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 
 
@@ -132,6 +135,24 @@ class Metrics:
         self.heartbeat_lag = gauge(
             "loramill_heartbeat_lag_seconds", "How late the last heartbeat began: a blocked event loop."
         )
+        self.http_requests = counter(
+            "loramill_http_requests",
+            f"Requests over HTTP: {', '.join(HTTP_ROUTES)}, adapters, other; 499 is a client that went away.",
+            "route",
+            "status",
+        )
+        self.http_seconds = Histogram(
+            "loramill_http_seconds",
+            "From a request's head to its answer.",
+            ["route"],
+            buckets=_HTTP_SECONDS,
+            registry=registry,
+        )
+        self.http_rows = counter(
+            "loramill_http_rows",
+            "Rows of calls over HTTP, by outcome: completed, or the error's code.",
+            "outcome",
+        )
         self.ready = gauge("loramill_ready", "1 while the worker takes messages.")
         # A counter that is there from the start has a rate from its first event on.
         for metric, values in (
@@ -139,6 +160,7 @@ class Metrics:
             (self.step_seconds, PHASES),
             (self.tokens, ("prompt", "generated")),
             (self.rows, ("completed",)),
+            (self.http_rows, ("completed",)),
             (self.adapter_evictions, TIERS),
             (self.adapters_refused, AdapterInvalid.KINDS),
         ):

@@ -4,8 +4,10 @@ import asyncio
 import functools
 import hashlib
 import itertools
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +20,7 @@ from worker.bridge import Bridge
 from worker.chains import no_workflow, run_chain
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
-from worker.errors import Cancelled, EngineFailed, Expired, RowError, RowFailed
+from worker.errors import Cancelled, EngineFailed, Expired, RowError, RowFailed, TimedOut
 from worker.flow import FlowControl
 from worker.in_order import InOrder
 from worker.jobs import (
@@ -26,6 +28,7 @@ from worker.jobs import (
     Completion,
     InferenceRequest,
     Job,
+    Output,
     Row,
     RowResult,
     SamplingParams,
@@ -45,7 +48,7 @@ _AHEAD = 64
 class Hold:
     """A message that is at work: its job, once that is known, and how many rows have no result yet."""
 
-    __slots__ = ("began", "cancelled", "job", "left", "num_bytes", "rows")
+    __slots__ = ("began", "cancelled", "interactive", "job", "left", "num_bytes", "rows")
 
     def __init__(self, num_bytes: int) -> None:
         self.job: Job | None = None
@@ -54,6 +57,8 @@ class Hold:
         self.began = time.monotonic()
         self.cancelled = False
         """Whoever sets this has rows fail that are not started yet."""
+        self.interactive = False
+        """Whether somebody waits for it: then it is no message, but a call."""
 
     def take(self, job: Job) -> None:
         """From now on it is this job."""
@@ -106,6 +111,8 @@ class RowRunner:
         self._clock = clock
         self._numbers = itertools.count()
         self._holds: set[Hold] = set()
+        self._threads = ThreadPoolExecutor(2, "interactive")
+        """For interactive rows, which do not wait for what those of the queue do on theirs."""
 
     @property
     def in_flight(self) -> int:
@@ -172,6 +179,34 @@ class RowRunner:
         if not taken.ended or in_order.passed_on < taken.count:
             raise EngineFailed(f"rows of job {hold.job.id} were dropped")
 
+    async def answer(
+        self, call_id: str, rows: Sequence[Row], timeout_seconds: float = math.inf
+    ) -> list[RowResult]:
+        """All results of a call that somebody waits for, in order; its rows go before those of messages.
+
+        What is not done after `timeout_seconds` has failed. An adapter that is not there is not waited for.
+        Raises EngineFailed.
+        """
+        hold = Hold(0)
+        hold.interactive = True
+        now = self._clock()
+        hold.take(Job(id=call_id, rows=tuple(rows), output=Output(""), digest="", created_at=now))
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._in_time(hold, row, timeout_seconds)) for row in rows]
+        except BaseExceptionGroup as error:
+            raise _cause(error) from error
+        return [task.result() for task in tasks]
+
+    async def _in_time(self, hold: Hold, row: Row, seconds: float) -> RowResult:
+        try:
+            async with asyncio.timeout(None if math.isinf(seconds) else seconds):
+                return await self._run(hold, row)
+        except TimeoutError:
+            return RowResult(
+                row=row, failure=failure_of(TimedOut(f"The row did not end within {seconds:g} s"))
+            )
+
     async def _take(
         self, hold: Hold, taken: "_Taken", encode: Callable[[RowResult], T], in_order: InOrder[T]
     ) -> None:
@@ -205,15 +240,16 @@ class RowRunner:
             async with self._using(hold, row.adapter) as adapter:
                 self._refuse_late(hold)  # it may have waited long
                 version = None if adapter is None else adapter.version
-                encoded = await asyncio.to_thread(self._encode, row, adapter)
+                encoded = await self._on_thread(hold, self._encode, row, adapter)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-                completion = await self._submit(self._request(job, row, encoded, key), adapter)
+                request = self._request(job, row, encoded, key, interactive=hold.interactive)
+                completion = await self._submit(request, adapter)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         details = {}
         if row.params.details and completion.failure is None:  # of a row that failed there may be a part
             # Every token is decoded by itself, which takes a moment for a long prompt.
-            details = await asyncio.to_thread(self._details, encoded, completion)
+            details = await self._on_thread(hold, self._details, encoded, completion)
         return RowResult(
             row=row,
             adapter_version=version,
@@ -232,6 +268,10 @@ class RowRunner:
         except RowError as exc:
             return RowResult(row=row, failure=failure_of(exc))
         return await run_chain(workflow, row, lambda step: self._run(hold, step))
+
+    async def _on_thread(self, hold: Hold, work: Callable[..., T], *arguments: object) -> T:
+        threads = self._threads if hold.interactive else None
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
     async def _submit(self, request: InferenceRequest, adapter: AdapterFolder | None) -> Completion:
         tokens = len(request.prompt) + request.params.max_new_tokens
@@ -252,11 +292,12 @@ class RowRunner:
 
     @asynccontextmanager
     async def _using(self, hold: Hold, name: str | None) -> AsyncIterator[AdapterFolder | None]:
-        """The rows of a job wait for missing adapters once, not each in its turn."""
+        """The rows of a job wait for missing adapters once, not each in its turn; those of a call never."""
         if name is None:
             yield None
             return
-        async with self._adapters.use(name, time.monotonic() - hold.began) as folder:
+        waited = math.inf if hold.interactive else time.monotonic() - hold.began
+        async with self._adapters.use(name, waited) as folder:
             yield folder
 
     def _encode(self, row: Row, adapter: AdapterFolder | None) -> "_Encoded":
@@ -281,14 +322,21 @@ class RowRunner:
             raise RowFailed(f"Adapter {adapter.name} could not be read: {exc}") from exc
         return own or self._tokenizer
 
-    def _request(self, job: Job, row: Row, encoded: "_Encoded", key: AdapterKey | None) -> InferenceRequest:
+    def _request(
+        self, job: Job, row: Row, encoded: "_Encoded", key: AdapterKey | None, *, interactive: bool = False
+    ) -> InferenceRequest:
         # Two deliveries of one message may be at work here, so the job's id would not be unique.
         name, params = str(next(self._numbers)), row.params
         if encoded.targets:
             # Nothing comes after the last token, so the model need not see it.
             prompt, params = encoded.tokens[:-1], SamplingParams(max_new_tokens=0)
             return InferenceRequest(
-                id=name, prompt=prompt, adapter=key, params=params, targets=encoded.targets
+                id=name,
+                prompt=prompt,
+                adapter=key,
+                params=params,
+                targets=encoded.targets,
+                interactive=interactive,
             )
         if row.fills:
             left = self._bridge.max_model_len - len(encoded.tokens)
@@ -297,7 +345,14 @@ class RowRunner:
             # Of the job and the row alone, so that a second attempt at the job says the same.
             seed = hashlib.sha256(f"{job.id}/{row.index}".encode()).digest()[:8]
             params = msgspec.structs.replace(params, seed=int.from_bytes(seed, "big"))
-        return InferenceRequest(id=name, prompt=encoded.tokens, adapter=key, params=params, fills=row.fills)
+        return InferenceRequest(
+            id=name,
+            prompt=encoded.tokens,
+            adapter=key,
+            params=params,
+            fills=row.fills,
+            interactive=interactive,
+        )
 
     def _details(self, encoded: "_Encoded", completion: Completion) -> dict[str, Any]:
         """The tokens that the row asked for, by field of RowResult."""

@@ -151,7 +151,7 @@ def _see_through(
 ) -> Manifest:
     if job.num_rows:
         _compute(interruptible, settings, job, source, output)
-    from worker.app import provenance  # noqa: PLC0415 (torch)
+    from worker.messages import provenance  # noqa: PLC0415 (torch)
 
     def summary(file: OutputFile, tally: Tally) -> Manifest:
         return summarize(

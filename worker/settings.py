@@ -53,7 +53,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     queue_url: Annotated[
         str | None,
         Meta(
-            description="The SQS queue.",
+            description="The SQS queue. Without it and OUTPUT_PREFIXES a worker answers calls alone.",
             pattern=QUEUE_URL,
             extra={"expected": QUEUE_URL_EXPECTED},
         ),
@@ -177,7 +177,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     exit_when_idle_seconds: Annotated[
         float | None,
         Meta(
-            description="End when the queue has been empty this long. Default: never.",
+            description="End when the queue has been empty, and nobody has called, for this long. "
+            "Default: never.",
             ge=0,
             extra={"flag": "--exit-when-idle"},
         ),
@@ -200,7 +201,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     ] = None
 
     http_host: Annotated[
-        str, Meta(description="Address of /metrics, /live, /ready and the management of adapters.")
+        str,
+        Meta(description="Address of calls, of the management of adapters, and of /metrics, /live, /ready."),
     ] = "127.0.0.1"
     http_port: Annotated[int, Meta(description="0 takes any free port.", ge=0, le=65_535)] = 8080
     http_token: Annotated[
@@ -210,6 +212,26 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"secret": True},
         ),
     ] = None
+
+    http_max_calls: Annotated[
+        int, Meta(description="Calls that may be at work at once; others are refused with 503.", ge=1)
+    ] = 64
+    http_max_rows: Annotated[
+        int,
+        Meta(
+            description="Likewise for the rows of all calls together; a single call may have no more.", ge=1
+        ),
+    ] = 256
+    http_max_body_bytes: Annotated[int, Meta(description="Most bytes of a call's body.", ge=1)] = 4 << 20
+    http_timeout_seconds: Annotated[
+        float,
+        Meta(
+            description="How long a row of a call may take.",
+            gt=0,
+            le=43_200,
+            extra={"expected": "a number above 0 and at most 43200"},
+        ),
+    ] = 60.0
 
     model_id: Annotated[
         str | None,
@@ -420,9 +442,11 @@ def read_settings(
     properties: str | None = None,
     known: Collection[str] = (),
     required: Collection[str] = (),
+    together: Collection[str] = (),
 ) -> Settings:
     """Read every setting, or raise SettingsError with every mistake; a `required` one not set is a mistake.
 
+    So it is where one of those that belong `together` is set and another is not.
     `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
     """
@@ -432,7 +456,9 @@ def read_settings(
     if reading.values["model"] is None:
         reading.values["model"] = reading.values["model_id"]
     settings = Settings(**reading.values)
-    mistakes += settings.require(*(name for name in required if name not in reading.refused))
+    said = {name for name in together if getattr(settings, name) not in {None, ()}} | reading.refused
+    needed = [*required, *(() if said.isdisjoint(together) else together)]
+    mistakes += settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
     if mistakes:
         raise SettingsError(mistakes)

@@ -101,6 +101,7 @@ class Machine(RuleBasedStateMachine):
         max_loras=st.integers(1, 3),
         max_passed_over=st.integers(0, 6),
         scored_tokens=st.integers(1, 12),
+        tokens_beside=st.integers(1, 8),
         look_ahead=st.booleans(),
         min_gain=st.integers(1, 8),
         ratio=st.sampled_from([0.0, 0.0, 1.0]),
@@ -118,6 +119,9 @@ class Machine(RuleBasedStateMachine):
             max_passed_over=limits["max_passed_over"],
         )
         self.scheduler.max_scored_tokens = limits["scored_tokens"]
+        self.scheduler.max_tokens_beside = limits["tokens_beside"]
+        self.interactive_starts = 0
+        """While rows of the queue waited, since one of them was sheltered."""
         self.scheduler._promises = Promises(cache.granule, min_gain)
         self.scheduler.lengths.ratio = ratio
         if not ratio:  # every row comes as a surprise
@@ -143,18 +147,19 @@ class Machine(RuleBasedStateMachine):
         copies=st.integers(1, 4),
         bad=st.none() | st.none() | st.integers(0, 24),
         whole=st.booleans(),
+        interactive=st.sampled_from([False, False, True]),
     )
-    def add_row(self, head, tail, new, end, adapter, copies, bad, whole):
-        self.add(head, tail, new, end, adapter, copies, bad, whole)
+    def add_row(self, head, tail, new, end, adapter, copies, bad, whole, interactive):
+        self.add(head, tail, new, end, adapter, copies, bad, whole, interactive)
 
-    def add(self, head, tail, new, end, adapter, copies, bad, whole):
+    def add(self, head, tail, new, end, adapter, copies, bad, whole, interactive):
         prompt = ([1] * head + tail)[: self.capacity - 1]
         new = min(new, self.capacity - len(prompt))
         for _ in range(copies):
             name = str(len(self.added))
             targets = min(end, len(prompt)) if whole and head % 3 == 1 else ()
             scored = whole and head % 3 == 0
-            row = sequence(name, prompt, adapter, new, targets, prompt_log_probs=scored)
+            row = sequence(name, prompt, adapter, new, targets, interactive, prompt_log_probs=scored)
             self.alive[name] = row
             self.added.append(name)
             self.ends[name] = 0 if targets else min(end, new)
@@ -167,11 +172,24 @@ class Machine(RuleBasedStateMachine):
         new=st.integers(12, 20),
         rows=st.integers(3, 6),
         adapter=st.sampled_from([None, *KEYS[:2]]),
+        interactive=st.sampled_from([False, False, True]),
     )
-    def add_crowd(self, head, new, rows, adapter):
+    def add_crowd(self, head, new, rows, adapter, interactive):
         """Rows that start with little and come to need much."""
         for tail in range(rows):
-            self.add(head, [tail], new, new, adapter, 1, None, whole=False)
+            self.add(head, [tail], new, new, adapter, 1, None, whole=False, interactive=interactive)
+
+    @rule(
+        adapters=st.lists(st.sampled_from([None, *KEYS[:3]]), min_size=1, max_size=8),
+        tail=st.integers(1, 6),
+        new=st.integers(1, 3),
+    )
+    def add_callers(self, adapters, tail, new):
+        """Interactive rows that come one after the other, with a step between."""
+        for adapter in adapters:
+            self.add(0, [2] * tail, new, new, adapter, 1, None, whole=False, interactive=True)
+            self.step()
+            self.books_agree()
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -199,10 +217,14 @@ class Machine(RuleBasedStateMachine):
         waited = [row for row in self.alive.values() if row.status is Status.WAITING]
         started = {row for row in self.alive.values() if row.started}
         preempted = self.scheduler.num_preempted
+        sheltered = self.scheduler.sheltered
+        others = sum(not row.request.interactive for row in self.scheduler.running)
         batch = self.scheduler.schedule()
+        assert sheltered in {None, self.scheduler.sheltered}, "a sheltered row was preempted"
         assert self.flight is None or self.scheduler.num_preempted == preempted, "preempted while pending"
         self.check_batch(batch)
         self.check_order(waited, started, batch)
+        self.check_interactive(waited, batch, sheltered, others)
         self.device.prepare(batch)
         if self.scheduler.num_preempted == preempted:  # else some may have begun anew
             self.check_reuse(waited, batch)
@@ -291,14 +313,47 @@ class Machine(RuleBasedStateMachine):
             assert (row.slot is None) == (key is None)
             assert key is None or self.slots[row.slot] == key, "a row would use another's adapter"
 
+    def check_interactive(self, waited, batch, sheltered, others):
+        """Rows of the queue neither hold interactive ones up, nor wait for ever while those come and go."""
+        scheduler = self.scheduler
+        queue = [row for row in batch.rows if not row.sequence.request.interactive]
+        if len(queue) < len(batch.rows):
+            beside = [row for row in queue if row.sequence is not scheduler.sheltered or row.start == 0]
+            assert sum(row.num_tokens for row in beside) <= max(len(queue), scheduler.max_tokens_beside)
+        begun = [row.sequence for row in batch.rows if row.sequence in waited]
+        if any(not row.request.interactive for row in waited):
+            self.interactive_starts += sum(row.request.interactive for row in begun)
+        if scheduler.sheltered is not None:
+            self.interactive_starts = 0
+        assert self.interactive_starts <= scheduler.urgent.max_passed_over
+        if scheduler._is_turn_of_queue or scheduler.sheltered is not sheltered or not scheduler.urgent:
+            return  # or it was the queue's turn until a moment ago
+        first = scheduler.urgent.offered[0]
+        if first not in waited:  # it had to go in this step
+            return
+        stay = [row for row in scheduler.running if row.request.interactive or row is scheduler.sheltered]
+        adapters = {row.request.adapter for row in stay} - {None}
+        key = first.request.adapter
+        spent = sum(row.num_tokens for row in batch.rows if row.sequence in stay)
+        assert (
+            len(stay) == scheduler.max_num_seqs
+            or (key not in {None, *adapters} and len(adapters) == scheduler.slots.max_loras)
+            or spent + others >= scheduler.max_num_batched_tokens
+            or not scheduler._has_blocks_beside(first, stay)
+            or any(row.pending for row in stay)  # they may need a block more than they have tokens
+        ), "an interactive row waits for rows of the queue"
+
     def check_order(self, waited, started, batch):
         """The bound, and that preempted rows which can get a slot go before new ones."""
-        running = [row.sequence for row in batch.rows]
+        waited = [row for row in waited if not row.request.interactive]
+        running = [row.sequence for row in batch.rows if not row.sequence.request.interactive]
         first_time = [row for row in running if row not in started]
         for row in waited:
             if row not in running:
                 self.passed[row.request.id] += sum(row.arrival < other.arrival for other in first_time)
-                assert self.passed[row.request.id] <= self.scheduler.waiting.max_passed_over
+                # Before its first start, and once more after it was preempted.
+                most = self.scheduler.waiting.max_passed_over * (1 + row.started)
+                assert self.passed[row.request.id] <= most
                 free = row.request.adapter is None or self.scheduler.slots.can_acquire(row.request.adapter)
                 assert not (row.started and free and first_time), "a new row went before a preempted one"
 
@@ -315,7 +370,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self):
         self.scheduler.check_integrity()
-        assert {*self.scheduler.waiting, *self.scheduler.running} == set(self.alive.values())
+        scheduler = self.scheduler
+        assert {*scheduler.waiting, *scheduler.urgent, *scheduler.running} == set(self.alive.values())
         assert self.scheduler.has_work == bool(self.alive)
 
     def teardown(self):

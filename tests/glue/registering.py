@@ -17,7 +17,7 @@ from adapters_sync.options import Clock
 from tests.sync.builders import FakeTime, adapter_files, write_folder
 from worker.errors import AdapterInvalid, AdapterStoreFull, RowFailed
 from worker.http.adapters_api import AdaptersApi
-from worker.http.server import serving
+from worker.http.server import Apis, serving
 from worker.jobs import AdapterKey
 from worker.registry import AdapterRegistry
 from worker.shelf import VersionShelf
@@ -127,7 +127,9 @@ class Scene:
         api = AdaptersApi(MODEL, self.lora, lambda: self.reason)
         api.registry = self.registry
         async with (
-            serving("127.0.0.1", 0, CollectorRegistry(), lambda: self.reason, token=token, api=api) as port,
+            serving(
+                "127.0.0.1", 0, CollectorRegistry(), lambda: self.reason, token=token, apis=Apis(api)
+            ) as port,
             aiohttp.ClientSession() as session,
         ):
             yield Client(session, port)

@@ -23,12 +23,16 @@ class Scene:
         self.store = LoRAStore(
             lambda key, _: LoRAWeights(key, {"q": LoRAPair(half, half.T)}), max_cpu_loras=places
         )
-        self.room = AdapterRoom(self.store, max_passed_over)
+        self.asked = 0
+        self.room = AdapterRoom(self.store, max_passed_over, self.ask)
         self.got = []
         self.tasks = []
 
-    async def row(self, key):
-        await self.room.reserve(key)
+    def ask(self):
+        self.asked += 1
+
+    async def row(self, key, *, interactive=False):
+        await self.room.reserve(key, interactive=interactive)
         self.store.load(key, Path())
         self.got.append(key)
 
@@ -36,6 +40,10 @@ class Scene:
         self.tasks += [asyncio.create_task(self.row(key)) for key in keys]
         await self.settle()
         return self.tasks[-len(keys) :]
+
+    async def call(self, *keys):
+        self.tasks += [asyncio.create_task(self.row(key, interactive=True)) for key in keys]
+        await self.settle()
 
     async def end(self, *keys):
         for key in keys:
@@ -172,5 +180,67 @@ def test_closing_tells_everybody(scene):
             await scene.room.reserve(A)
         assert not scene.room.try_reserve(A)
         await scene.end(A, B)  # what is at work still ends
+
+    run(scenario())
+
+
+def test_interactive_rows_go_before_those_that_wait_and_have_room_made(scene):
+    async def scenario():
+        await scene.come(A, B, C)
+        await scene.call(D)
+        assert scene.new() == [A, B]
+        assert scene.asked
+        await scene.come(A)
+        assert scene.new() == [], "nobody takes more of what an interactive row waits for"
+        await scene.end(A)
+        assert scene.new() == [D]
+        await scene.end(B)
+        assert scene.new() == [C]
+        await scene.end(C)
+        await scene.end(D)
+        assert scene.new() == [A]
+        assert scene.room.num_waiting == 0
+
+    run(scenario())
+
+
+def test_interactive_rows_pass_the_first_of_the_queue_a_bounded_number_of_times(scene):
+    async def scenario():
+        await scene.come(A, B, C)
+        await scene.call(D, D, D)
+        assert scene.new() == [A, B]
+        await scene.end(A)
+        assert scene.new() == [D, D], "two may pass"
+        asked = scene.asked
+        await scene.call(D)
+        assert (scene.new(), scene.asked) == ([], asked), "it is C's turn: no room is made for others"
+        await scene.end(D, B)
+        assert scene.new() == [C, D, D]
+
+    run(scenario())
+
+
+def test_interactive_rows_that_are_cancelled_hold_nobody_up(scene):
+    async def scenario():
+        await scene.come(A, B)
+        await scene.call(C)
+        await scene.come(A)
+        assert scene.new() == [A, B]
+        scene.tasks[-2].cancel()
+        await scene.settle()
+        assert scene.new() == [A]
+        assert scene.room.num_waiting == 0
+
+    run(scenario())
+
+
+def test_interactive_rows_are_told_when_the_engine_has_stopped(scene):
+    async def scenario():
+        await scene.come(A, B)
+        await scene.call(C)
+        scene.room.close()
+        await scene.settle()
+        with pytest.raises(EngineFailed):
+            await scene.tasks[-1]
 
     run(scenario())

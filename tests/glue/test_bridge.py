@@ -47,9 +47,12 @@ def request(
     text: str = "one",
     adapter: AdapterFolder | None = None,
     params: SamplingParams = SamplingParams(max_new_tokens=8),  # noqa: B008 (frozen)
+    *,
+    interactive: bool = False,
 ) -> InferenceRequest:
     key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-    return InferenceRequest(id=name, prompt=core.base.tokenizer.encode(text), adapter=key, params=params)
+    prompt = core.base.tokenizer.encode(text)
+    return InferenceRequest(id=name, prompt=prompt, adapter=key, params=params, interactive=interactive)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -450,3 +453,59 @@ def test_row_that_waits_for_room_is_passed_so_often_and_no_more(core, adapters, 
         assert_all_free(core)
 
     run(scenario)
+
+
+def test_host_memory_full_of_the_queues_adapters_makes_room_for_an_interactive_row(core, adapters):
+    """Every place is reserved by rows that are far from their end; they say what they would have said."""
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            alone = [
+                (await bridge.submit(request(core, f"alone-{n}", "one", adapter, LONG), adapter)).text
+                for n, adapter in enumerate(adapters)
+            ]
+            rows = [
+                asyncio.create_task(bridge.submit(request(core, f"{n}", "one", adapter, LONG), adapter))
+                for n, adapter in enumerate(adapters[:5])
+            ]
+            await until(lambda: users(core) == 3)
+            call = request(core, "call", "one", adapters[5], LONG, interactive=True)
+            assert (await bridge.submit(call, adapters[5])).text == alone[5]
+            assert not all(row.done() for row in rows)
+            assert [(await row).text for row in rows] == alone[:5]
+            assert not bridge._displacing
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_rows_of_the_queue_begin_anew_a_bounded_number_of_times(core, adapters):
+    aborted: list[str] = []
+    abort = core.engine.abort
+
+    def counted(name: str) -> None:
+        aborted.append(name)
+        abort(name)
+
+    core.engine.abort = counted  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            rows = [
+                asyncio.create_task(bridge.submit(request(core, f"{n}", "one", adapter, LONG), adapter))
+                for n, adapter in enumerate(adapters[:3])
+            ]
+            await until(lambda: users(core) == 3)
+
+            async def caller(number: int) -> None:
+                for turn in range(12):
+                    adapter = adapters[3 + (number + turn) % 3]
+                    call = request(core, f"call-{number}-{turn}", "one", adapter, interactive=True)
+                    await bridge.submit(call, adapter)
+
+            await asyncio.gather(*(caller(number) for number in range(3)), *rows)
+        assert_all_free(core)
+
+    run(scenario)
+    assert aborted
+    assert max(aborted.count(name) for name in aborted) <= 3

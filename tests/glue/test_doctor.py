@@ -150,12 +150,15 @@ def test_nobody_at_the_endpoint_is_told_everywhere(account, monkeypatch):
 
 
 def test_setting_that_a_worker_needs_is_asked_for(account):
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    told = [
-        line.split(":")[0].split()[-1] for line in result.stdout.splitlines() if line.startswith("failed")
-    ]
-    assert told == ["QUEUE_URL", "OUTPUT_PREFIXES", "MODEL"]
+    def told(*arguments):
+        result = CliRunner().invoke(app, ["doctor", *arguments])
+        assert result.exit_code == 1
+        failed = [line for line in result.stdout.splitlines() if line.startswith("failed")]
+        return [line.split(":")[0].split()[-1] for line in failed if " setting " in line]
+
+    assert told() == ["MODEL"], "a worker without a queue answers calls"
+    assert told("--queue-url", URL) == ["OUTPUT_PREFIXES", "MODEL"]
+    assert told("--output-prefixes", "s3://out/a/") == ["QUEUE_URL", "MODEL"]
     assert CliRunner().invoke(app, ["doctor", "--policy"]).exit_code == 2
 
 

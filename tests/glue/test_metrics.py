@@ -31,6 +31,9 @@ LABELS = {
     "loramill_adapter_rows": {"adapter"},
     "loramill_adapter_tokens": {"adapter", "kind"},
     "loramill_rows_waiting": {"reason"},
+    "loramill_http_requests": {"route", "status"},
+    "loramill_http_seconds": {"route"},
+    "loramill_http_rows": {"outcome"},
 }
 
 
@@ -74,6 +77,8 @@ def everything(scene: Scene) -> None:
         scene.metrics.messages.labels(outcome).inc()
     for outcome in ("completed", "adapter_not_found", "oom"):
         scene.metrics.rows.labels(outcome).inc()
+    scene.metrics.http_requests.labels("invocations", "200").inc()
+    scene.metrics.http_seconds.labels("invocations").observe(0.2)
     scene.metrics.received.inc()
     scene.metrics.job_seconds.observe(1.5)
     scene.metrics.ready.set(1)

@@ -224,7 +224,7 @@ class Engine:
             reused_tokens=reused_tokens,
             generated_tokens=scheduler.num_generated - generated_before,
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.num_waiting,
             preempted=scheduler.num_preempted,
             free_blocks=scheduler.kv_cache.num_free,
             merged=merged,
@@ -243,7 +243,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless the books agree; for tests, and cheap enough for idle moments."""
         self._scheduler.check_integrity()
-        alive = {*self._scheduler.running, *self._scheduler.waiting}
+        alive = {*self._scheduler.running, *self._scheduler.waiting, *self._scheduler.urgent}
         assert alive == set(self._sequences.values())
         assert self._streams.keys() <= self._sequences.keys()
 

@@ -85,8 +85,18 @@ class KVCache(ABC):
         return self._tree.find(adapter, tokens, limit) if self.reuse else None
 
     @abstractmethod
-    def fits(self, node: Node[int] | None, growth: Growth, others: Iterable[Growth]) -> bool:
-        """Whether a sequence that reuses `node` can be expected to run beside `others` to its end."""
+    def fits(
+        self,
+        node: Node[int] | None,
+        growth: Growth,
+        others: Iterable[Growth],
+        *,
+        num_free: int | None = None,
+    ) -> bool:
+        """Whether a sequence that reuses `node` can be expected to run beside `others` to its end.
+
+        As if `num_free` blocks were free, if that is given.
+        """
 
     @abstractmethod
     def begin(self, blocks: list[int], node: Node[int] | None, num_tokens: int) -> list[BlockCopy] | None:
@@ -199,7 +209,14 @@ class SharedBlocks(KVCache):
     def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True) -> None:
         super().__init__(num_blocks, block_size, block_size, reuse=reuse)
 
-    def fits(self, node: Node[int] | None, growth: Growth, others: Iterable[Growth]) -> bool:
+    def fits(
+        self,
+        node: Node[int] | None,
+        growth: Growth,
+        others: Iterable[Growth],
+        *,
+        num_free: int | None = None,
+    ) -> bool:
         """As rows grow and end, the blocks in use must stay within the cache at every moment.
 
         The moments to look at are those just before a row ends. Each row is taken to fill its last block
@@ -208,7 +225,7 @@ class SharedBlocks(KVCache):
         """
         found = [] if node is None else [block for each in node.path for block in each.holders]
         taken = sum(not self._holds[block] for block in found)
-        free = self.num_free - taken
+        free = (self.num_free if num_free is None else num_free) - taken
         rows = sorted([growth._replace(num_blocks=len(found), num_alone=taken), *others])
         size = self.block_size
         spare = [row.num_tokens - 1 + size - 1 - row.num_blocks * size for row in rows]
@@ -294,8 +311,15 @@ class OwnBlocks(KVCache):
     def __init__(self, num_blocks: int, block_size: int, *, granule: int = 16, reuse: bool = True) -> None:
         super().__init__(num_blocks, block_size, min(block_size, granule), reuse=reuse)
 
-    def fits(self, node: Node[int] | None, growth: Growth, others: Iterable[Growth]) -> bool:
-        return self.num_free > 0
+    def fits(
+        self,
+        node: Node[int] | None,
+        growth: Growth,
+        others: Iterable[Growth],
+        *,
+        num_free: int | None = None,
+    ) -> bool:
+        return (self.num_free if num_free is None else num_free) > 0
 
     def begin(self, blocks: list[int], node: Node[int] | None, num_tokens: int) -> list[BlockCopy] | None:
         assert not blocks

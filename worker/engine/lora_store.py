@@ -139,6 +139,11 @@ class LoRAStore:
             if not entry.users and entry.weights is None:
                 del self._entries[key]
 
+    def users(self, key: AdapterKey) -> int:
+        """How often `key` is reserved."""
+        entry = self._entries.get(key)
+        return 0 if entry is None else entry.users
+
     def pin(self, key: AdapterKey) -> bool:
         """Keep a loaded adapter until `unpin`. False, and no change, if no place would be left for others."""
         with self._lock:

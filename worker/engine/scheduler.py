@@ -10,6 +10,7 @@ from worker.engine.lora_slots import LoRASlots
 from worker.engine.prefixes import Node
 from worker.engine.promises import Promises
 from worker.engine.sequence import Sequence, Status
+from worker.engine.urgent import Urgent
 from worker.engine.waiting import Waiting
 from worker.jobs import AdapterKey, FinishReason
 
@@ -18,6 +19,9 @@ _EARLY = 0.7
 _MAX_SCORED_TOKENS = 256
 """Tokens in a step whose log-probabilities are asked for. Each keeps the logits of a whole vocabulary,
 in float32 a MiB where that has 262,144 tokens: `max_num_batched_tokens` of them could be gigabytes."""
+_BESIDE_INTERACTIVE = 64
+"""Tokens in a step of rows of the queue, beside interactive ones: a step takes as long as its tokens, and
+somebody waits for each of them. Every row that runs gets one all the same."""
 
 
 Sampled = tuple[int, float | None, tuple[tuple[int, float], ...] | None]
@@ -90,15 +94,20 @@ class Batch(NamedTuple):
 class _Budget:
     """What is left of a step's tokens, and of those whose logits are needed to score a row's own tokens."""
 
-    def __init__(self, tokens: int, scored: int, rows: Iterable[ScheduledRow]) -> None:
-        """`rows` are in the step already."""
+    def __init__(self, tokens: int, scored: int) -> None:
         self.tokens, self.scored = tokens, scored
-        for row in rows:
-            self.spend(row)
 
     def spend(self, row: ScheduledRow) -> None:
         self.tokens -= row.num_tokens
         self.scored -= len(row.scored)
+
+    def give_back(self, row: ScheduledRow) -> None:
+        self.tokens += row.num_tokens
+        self.scored += len(row.scored)
+
+    def limit(self, tokens: int) -> None:
+        """Leave no more than so many."""
+        self.tokens = min(self.tokens, tokens)
 
     def row(self, sequence: Sequence, start: int, behind: int = 0) -> ScheduledRow:
         """As much of `sequence` from `start` on as fits: at least a token; each row behind is left one."""
@@ -109,6 +118,21 @@ class _Budget:
             if len(scored) > max(0, self.scored):
                 stop = scored.start + max(1, self.scored)
         return ScheduledRow(sequence, start, stop - start, stop == end)
+
+
+class _Step:
+    """A batch while it is put together."""
+
+    def __init__(self, budget: _Budget) -> None:
+        self.budget = budget
+        self.rows: list[ScheduledRow] = []
+        self.loads: list[tuple[int, AdapterKey]] = []
+        self.copies: list[BlockCopy] = []
+        self.reused = 0
+
+    def take(self, row: ScheduledRow) -> None:
+        self.rows.append(row)
+        self.budget.spend(row)
 
 
 class Scheduler:
@@ -126,6 +150,12 @@ class Scheduler:
     not. A row that begins with a text which a running row is computing is held back until it can reuse
     it. When blocks run out, the sequence that loses least by it gives its own back and starts over later
     (its text is kept).
+
+    Interactive rows go first, by age. Rows of the queue, which are all the others, are preempted for what
+    an interactive one lacks: a place in the batch, a slot, blocks; and beside interactive rows they get
+    `max_tokens_beside` tokens of a step. But once `max_passed_over` interactive rows have started while
+    some of the queue waited, one of those starts next and is kept until it ends: it is `sheltered`. There
+    is one such row at a time.
     """
 
     def __init__(
@@ -143,8 +173,16 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_scored_tokens = _MAX_SCORED_TOKENS
+        self.max_tokens_beside = _BESIDE_INTERACTIVE
         self.waiting = Waiting(max_passed_over)
+        """Rows of the queue."""
+        self.urgent = Urgent(max_passed_over)
+        """Interactive ones."""
         self.running: list[Sequence] = []
+        self.sheltered: Sequence | None = None
+        """The row of the queue that interactive ones do not preempt."""
+        self.num_passed = 0
+        """Interactive rows that started while some of the queue waited, since one of those was sheltered."""
         self.lengths = Lengths()
         self.num_preempted = 0
         self.num_generated = 0
@@ -153,39 +191,36 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running) or len(self.waiting) > 0
+        return bool(self.running) or self.num_waiting > 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.urgent)
 
     def add(self, sequence: Sequence) -> None:
         needed = len(sequence.tokens) + sequence.generates
         assert self.kv_cache.missing([], needed) <= self.kv_cache.num_blocks
-        self.waiting.add(sequence)
+        self._line_of(sequence).add(sequence)
 
     def schedule(self) -> Batch:
-        """The next step: running rows first, then as many waiting ones as fit. May be empty."""
-        rows = self._continue_running()
-        budget = self._budget(rows)
-        loads: list[tuple[int, AdapterKey]] = []
-        copies: list[BlockCopy] = []
-        reused = 0
-        horizon = self._horizon()
-        while budget.tokens > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self._next(horizon)
-            if sequence is None:
-                break
-            node = self._known(sequence)
-            if self._hold_back(sequence, node):
-                continue
-            row = budget.row(sequence, node.num_tokens if node else 0)
-            copied = self._begin(row, node)
-            if copied is None:
-                break
-            copies += copied
-            loads += self._take_slot(sequence)
-            reused += min(row.start, len(sequence.request.prompt))
-            rows.append(row)
-            budget.spend(row)
+        """The next step: running rows first, then as many waiting ones as fit. May be empty.
+
+        Interactive rows are seen to, running and waiting ones, before those of the queue.
+        """
+        step = _Step(_Budget(self.max_num_batched_tokens, self.max_scored_tokens))
+        going_on = [sequence for sequence in self.running if not sequence.only_settles]
+        first = [sequence for sequence in going_on if self._goes_first(sequence)]
+        first.sort(key=lambda sequence: sequence is not self.sheltered)  # nobody preempts that one
+        others = [sequence for sequence in going_on if sequence not in first]
+        self._continue_running(step, first, behind=len(others))
+        self._start_urgent(step, others)
+        others = [sequence for sequence in others if sequence.status is Status.RUNNING]
+        if any(row.sequence.request.interactive for row in step.rows):
+            step.budget.limit(max(len(others), self.max_tokens_beside))
+        self._continue_running(step, others)
+        self._start_waiting(step)
         leftovers = self.kv_cache.take_leftovers()
-        return Batch(tuple(rows), tuple(loads), tuple(copies), leftovers, reused)
+        return Batch(tuple(step.rows), tuple(step.loads), tuple(step.copies), leftovers, step.reused)
 
     def advance(self, batch: Batch) -> None:
         """`batch` is being computed: what its rows sample is pending until it is settled.
@@ -236,7 +271,7 @@ class Scheduler:
                 self.lengths.learn(sequence)
         elif sequence.status is Status.WAITING:
             self._promises.leave(sequence)
-            self.waiting.remove(sequence)
+            self._line_of(sequence).remove(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
 
@@ -246,54 +281,67 @@ class Scheduler:
         self._leave(sequence)
         sequence.computed = sequence.proven = sequence.written = 0
         sequence.status = Status.WAITING
-        self.waiting.preempt(sequence)
+        self._line_of(sequence).preempt(sequence)
         self.num_preempted += 1
 
     @property
     def can_look_ahead(self) -> bool:
         """Whether the next batch can be scheduled while tokens are pending: nobody has to be preempted."""
+        if self.urgent and any(map(self._may_displace, self.running)):
+            return False
         cache = self.kv_cache
         needed = sum(cache.missing(row.blocks, row.computed + row.remaining) for row in self.running)
         return needed <= cache.num_free
 
+    def _line_of(self, sequence: Sequence) -> Urgent | Waiting:
+        return self.urgent if sequence.request.interactive else self.waiting
+
     # Rows that run.
 
-    def _continue_running(self) -> list[ScheduledRow]:
-        rows: list[ScheduledRow] = []
-        budget = self._budget(rows)
-        going_on = [sequence for sequence in self.running if not sequence.only_settles]
+    def _goes_first(self, sequence: Sequence) -> bool:
+        return sequence.request.interactive or sequence is self.sheltered
+
+    def _continue_running(self, step: "_Step", going_on: list[Sequence], behind: int = 0) -> None:
+        """Put running rows into the step, leaving a token for each of so many `behind` them."""
         for number, sequence in enumerate(going_on):
             if sequence.status is not Status.RUNNING:  # preempted by a row before it
                 continue
             # A chunk never eats the one token that each row behind it needs.
-            row = budget.row(sequence, sequence.computed, behind=len(going_on) - number - 1)
+            left = behind + len(going_on) - number - 1
+            row = step.budget.row(sequence, sequence.computed, behind=left)
             gone = self._make_room(sequence, row.stop)
-            if gone:
-                rows = [other for other in rows if other.sequence not in gone]
-                budget = self._budget(rows)
+            for other in [other for other in step.rows if other.sequence in gone]:
+                step.rows.remove(other)
+                step.budget.give_back(other)
             if sequence not in gone:
                 sequence.written = row.stop
-                rows.append(row)
-                budget.spend(row)
-        return rows
-
-    def _budget(self, rows: list[ScheduledRow]) -> _Budget:
-        return _Budget(self.max_num_batched_tokens, self.max_scored_tokens, rows)
+                step.take(row)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Let `sequence` hold `num_tokens` tokens; returns who was preempted for it, perhaps itself.
 
-        The row that has run longest never is: so there is always progress.
+        The row that goes before all others never is: so there is always progress.
         """
         gone: list[Sequence] = []
         while sequence not in gone and not self.kv_cache.grow(sequence.blocks, num_tokens):
             assert len(self.running) > 1, "one row alone always fits"
-            # Of equal losses the latest.
-            victim = min(reversed(self.running[1:]), key=self._loss)
+            keeps = min(self.running, key=self._rank)
+            lower = [row for row in self.running if self._rank(row) >= self._rank(sequence)]
+            # Those that go last first; of equal losses the latest.
+            victim = min(
+                (row for row in reversed(lower) if row is not keeps),
+                key=lambda row: (-self._rank(row), self._loss(row)),
+            )
             self.lengths.learn_shortage()
             self.preempt(victim)
             gone.append(victim)
         return gone
+
+    def _rank(self, sequence: Sequence) -> int:
+        """Rows preempt none of a lower rank for the blocks that they come to need."""
+        if sequence is self.sheltered:
+            return 0
+        return 1 if sequence.request.interactive else 2
 
     def _loss(self, sequence: Sequence) -> tuple[bool, int]:
         """Whether preempting `sequence` frees nothing, and the tokens that may have to be computed anew."""
@@ -316,13 +364,116 @@ class Scheduler:
             self.slots.release(sequence.request.adapter)
             sequence.slot = None
         self.running.remove(sequence)
+        if sequence is self.sheltered:
+            self.sheltered = None
         self._end_promise(sequence)
 
     def _end_promise(self, sequence: Sequence) -> None:
         for follower in self._promises.end(sequence):
             self.waiting.bring_back(follower)
 
-    # Rows that start.
+    # Interactive rows that start.
+
+    @property
+    def _is_turn_of_queue(self) -> bool:
+        """Whether a row of the queue starts before any more interactive ones."""
+        enough = self.num_passed >= self.urgent.max_passed_over
+        return enough and self.sheltered is None and len(self.waiting) > 0
+
+    def _may_displace(self, sequence: Sequence) -> bool:
+        return not self._goes_first(sequence)
+
+    def _start_urgent(self, step: "_Step", others: list[Sequence]) -> None:
+        """Start interactive rows, at the cost of `others`, to each of which that stays a token is left."""
+        passed: set[Sequence] = set()
+        """Rows that find no slot, which lets younger ones pass."""
+        while True:
+            sequence = next((row for row in self.urgent.offered if row not in passed), None)
+            behind = sum(other.status is Status.RUNNING for other in others)
+            if sequence is None or self._is_turn_of_queue or step.budget.tokens <= behind:
+                return
+            stay = [row for row in self.running if not self._may_displace(row)]
+            if not self._has_slot_beside(sequence, stay):
+                passed.add(sequence)
+                continue
+            if len(stay) >= self.max_num_seqs or not self._has_blocks_beside(sequence, stay):
+                return
+            if not self._displace_for(sequence, step):
+                return
+            self.num_passed += len(self.waiting) > 0
+
+    def _has_slot_beside(self, sequence: Sequence, stay: list[Sequence]) -> bool:
+        key = sequence.request.adapter
+        used = {row.request.adapter for row in stay} - {None}
+        return key is None or key in used or len(used) < self.slots.max_loras
+
+    def _has_blocks_beside(self, sequence: Sequence, stay: list[Sequence]) -> bool:
+        held = {block for row in stay for block in row.blocks}
+        free = self.kv_cache.num_blocks - len(held)
+        rows = (self._growth(row) for row in stay)
+        return not stay or self.kv_cache.fits(None, self._growth(sequence), rows, num_free=free)
+
+    def _displace_for(self, sequence: Sequence, step: "_Step") -> bool:
+        """Start an interactive row, preempting rows of the queue as long as it lacks something.
+
+        False if it lacks blocks without them too: what is pending of the others may need one more.
+        """
+        while not self._has_slot(sequence):
+            for user in self._users_of_a_slot():
+                self.preempt(user)
+        while len(self.running) >= self.max_num_seqs:
+            self._displace()
+        while True:
+            behind = sum(self._may_displace(other) and not other.only_settles for other in self.running)
+            node = self._known(sequence)
+            row = step.budget.row(sequence, node.num_tokens if node else 0, behind)
+            copied = self._begin(row, node)
+            if copied is not None:
+                self._took(step, row, copied)
+                return True
+            if not any(map(self._may_displace, self.running)):
+                return False
+            self._displace()
+
+    def _displace(self) -> None:
+        """Preempt the row of the queue that loses least by it; of equal losses the latest."""
+        self.preempt(min(filter(self._may_displace, reversed(self.running)), key=self._loss))
+
+    def _users_of_a_slot(self) -> list[Sequence]:
+        """The rows of the adapter that is the cheapest to take from its slot: none of them goes first."""
+        rows: dict[AdapterKey, list[Sequence]] = {}
+        for row in self.running:
+            if row.request.adapter is not None:
+                rows.setdefault(row.request.adapter, []).append(row)
+        free = [own for own in rows.values() if all(map(self._may_displace, own))]
+        return min(free, key=lambda own: sum(self._loss(row)[1] for row in own))
+
+    # Rows of the queue that start.
+
+    def _start_waiting(self, step: "_Step") -> None:
+        horizon = self._horizon()
+        while step.budget.tokens > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self._next(horizon)
+            if sequence is None:
+                break
+            node = self._known(sequence)
+            if self._hold_back(sequence, node):
+                continue
+            row = step.budget.row(sequence, node.num_tokens if node else 0)
+            sheltered = self._is_turn_of_queue
+            copied = None if self._lacks_blocks(sequence, node) else self._begin(row, node)
+            if copied is None:
+                break
+            if sheltered:
+                self.sheltered, self.num_passed = sequence, 0
+            self._took(step, row, copied)
+
+    def _took(self, step: "_Step", row: ScheduledRow, copied: list[BlockCopy]) -> None:
+        """A row that began is in the step, with what has to be done for it before."""
+        step.copies += copied
+        step.loads += self._take_slot(row.sequence)
+        step.reused += min(row.start, len(row.sequence.request.prompt))
+        step.take(row)
 
     def _next(self, horizon: float) -> Sequence | None:
         """The row that should start now, if it can get a slot; None if no row should."""
@@ -374,15 +525,11 @@ class Scheduler:
     def _begin(self, row: ScheduledRow, node: Node[int] | None) -> list[BlockCopy] | None:
         """Move a row from `waiting` to `running`; returns what to copy. None, and no change, without room."""
         sequence = row.sequence
-        if self.running and not self.kv_cache.fits(
-            node, self._growth(sequence), (self._growth(other) for other in self.running)
-        ):
-            return None
         copies = self.kv_cache.begin(sequence.blocks, node, row.stop)
         if copies is None:
             return None
         self._promises.leave(sequence)
-        self.waiting.start(sequence)
+        self._line_of(sequence).start(sequence)
         sequence.computed = sequence.proven = row.start
         sequence.written = row.stop
         sequence.status = Status.RUNNING
@@ -390,6 +537,11 @@ class Scheduler:
         if self.kv_cache.reuse:
             self._promises.make(sequence)
         return copies
+
+    def _lacks_blocks(self, sequence: Sequence, node: Node[int] | None) -> bool:
+        """Whether a row cannot be expected to run to its end beside those that run."""
+        rows = (self._growth(other) for other in self.running)
+        return bool(self.running) and not self.kv_cache.fits(node, self._growth(sequence), rows)
 
     def _take_slot(self, sequence: Sequence) -> list[tuple[int, AdapterKey]]:
         """Give a row its adapter's slot; returns what has to be loaded."""
@@ -425,11 +577,16 @@ class Scheduler:
         users = Counter(seq.request.adapter for seq in self.running if seq.request.adapter is not None)
         self.slots.check_integrity(users)
         self.waiting.check_integrity()
+        assert [row.arrival for row in self.urgent] == sorted(row.arrival for row in self.urgent)
+        assert all(row.request.interactive for row in self.urgent)
+        assert not any(row.request.interactive for row in self.waiting)
+        assert self.sheltered is None or self.sheltered in self.running
         self._promises.check_integrity(self.running, self.waiting.aside)
         assert len(self.running) <= self.max_num_seqs
         assert all(sequence.status is Status.RUNNING for sequence in self.running)
-        assert all(sequence.status is Status.WAITING for sequence in self.waiting)
-        assert not any(sequence.blocks or sequence.slot is not None for sequence in self.waiting)
+        lines = [*self.waiting, *self.urgent]
+        assert all(sequence.status is Status.WAITING for sequence in lines)
+        assert not any(sequence.blocks or sequence.slot is not None for sequence in lines)
 
 
 def _length(sequence: Sequence) -> tuple[float, int]:

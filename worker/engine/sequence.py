@@ -79,7 +79,7 @@ class Sequence:
         self.started = False
         """Whether it has ever run."""
         self.passed_over = 0
-        """Younger rows that started while it waited after a preemption."""
+        """Younger rows that started while it waited: after a preemption, or as an interactive row."""
         self.text_end: int | None = None
         """Where a stop sequence cuts the generated text, in characters."""
 

@@ -10,12 +10,10 @@ Everything below `/models` and `/adapters` is answered here, and in JSON. A path
 are decoded, so a name with an encoded slash is one name.
 """
 
-import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
@@ -33,7 +31,9 @@ from worker.errors import (
     UnknownAdapter,
 )
 from worker.http.answers import Refused, answer, refusal
+from worker.http.bodies import read_body
 from worker.http.parameters import Parameters
+from worker.http.paths import decoded, segments_of
 from worker.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ PREFIXES = ("models", "adapters")
 ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
 MAX_PAGE = 100
 BODY_SECONDS = 10.0
+MAX_BODY_BYTES = 64 << 10
 
 _CODES: tuple[tuple[type[LoramillError], int], ...] = (
     (UnknownAdapter, 404),
@@ -55,7 +56,6 @@ _CODES: tuple[tuple[type[LoramillError], int], ...] = (
     (AdapterStoreFull, 507),
 )
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Action = Callable[[AdapterRegistry, Parameters, str], Awaitable[Any]]
 
 
@@ -70,16 +70,6 @@ class AdaptersApi:
         self._lora_enabled = lora_enabled
         self._not_ready = not_ready
         self.registry: AdapterRegistry | None = None
-
-    @property
-    def middleware(self) -> Callable[..., Awaitable[web.StreamResponse]]:
-        """What puts this in front of an application's own routes."""
-
-        @web.middleware
-        async def check(request: web.Request, handler: _Handler) -> web.StreamResponse:
-            return await (self.handle(request) if is_ours(request) else handler(request))
-
-        return check
 
     def close(self) -> None:
         """To be called when nothing is answered any more."""
@@ -97,7 +87,7 @@ class AdaptersApi:
             return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
 
     async def _run(self, request: web.Request) -> Any:
-        model, adapter, actions = _route(_segments(request))
+        model, adapter, actions = _route(segments_of(request))
         action = actions.get(request.method)
         if action is None:
             allowed = {"Allow": ", ".join(sorted(actions))}
@@ -131,52 +121,27 @@ class AdaptersApi:
 
 def is_ours(request: web.Request) -> bool:
     """Whether a request is for this API."""
-    return _segments(request)[0] in PREFIXES
-
-
-def _segments(request: web.Request) -> list[str]:
-    """The path's segments as they were sent, without the empty one behind a last slash."""
-    segments = request.rel_url.raw_path.split("/")[1:] or [""]
-    return segments[:-1] if len(segments) > 1 and not segments[-1] else segments
+    return segments_of(request)[0] in PREFIXES
 
 
 def _route(segments: list[str]) -> tuple[str | None, str | None, dict[str, _Action]]:
     """Model, adapter and what can be done there, by method. Raises Refused for a path that leads nowhere."""
     model, rest = None, segments
     if segments[0] == "models" and len(segments) > 1:
-        model, rest = _decoded(segments[1]), segments[2:]
+        model, rest = decoded(segments[1]), segments[2:]
     match rest:
         case ["adapters"]:
             return model, None, {"GET": _list, "POST": _register}
         case ["adapters", adapter]:
-            return model, _decoded(adapter), {"GET": _describe, "DELETE": _delete}
+            return model, decoded(adapter), {"GET": _describe, "DELETE": _delete}
         case ["adapters", adapter, "update"]:
-            return model, _decoded(adapter), {"POST": _update}
+            return model, decoded(adapter), {"POST": _update}
         case _:
             raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
 
 
-def _decoded(segment: str) -> str:
-    """What a segment names; one that is not UTF-8 names nothing, and is told back as it came."""
-    try:
-        return unquote(segment, errors="strict")
-    except UnicodeDecodeError:
-        return segment
-
-
 async def _expect_no_body(request: web.Request) -> None:
-    if not request.can_read_body:
-        return
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            body = await request.read()
-    except TimeoutError as error:
-        raise Refused(408, f"The body did not come within {BODY_SECONDS:g} s") from error
-    except web.HTTPRequestEntityTooLarge as error:
-        raise Refused(413, "The body is too large; parameters go into the query") from error
-    except web.HTTPException as error:
-        raise Refused(400, "The body cannot be read; parameters go into the query") from error
-    if body:
+    if await read_body(request, MAX_BODY_BYTES, BODY_SECONDS):
         raise Refused(400, "The request has a body; parameters go into the query")
 
 

@@ -11,7 +11,9 @@ _TYPES = {
     403: "ForbiddenException",
     405: "MethodNotAllowedException",
     409: "IllegalArgumentException",
+    424: "FailedDependencyException",
     503: "ServiceUnavailableException",
+    504: "GatewayTimeoutException",
     507: "WlmOutOfMemoryException",
 }
 
@@ -25,6 +27,8 @@ class Refused(Exception):
         self.code = code
         self.message = message
         self.headers = headers
+        self.outcome: str | None = None
+        """The code of the row's error, where it is one row that failed."""
         self.kind = kind or _TYPES.get(
             code, "BadRequestException" if code < 500 else "InternalServerException"
         )

@@ -1,8 +1,11 @@
-"""The worker's HTTP side: /metrics, /live and /ready, and before them the adapter management API."""
+"""The worker's HTTP side: /metrics, /live and /ready, calls, and the adapter management API."""
 
 import hmac
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -11,16 +14,28 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from worker.errors import LoramillError
 from worker.http.adapters_api import AdaptersApi, is_ours
 from worker.http.answers import Refused, refusal
+from worker.http.inference_api import InferenceApi
+from worker.http.paths import segments_of
+from worker.metrics import HTTP_ROUTES, Metrics
 
-MAX_BODY_BYTES = 64 << 10
+logger = logging.getLogger(__name__)
+
 IDLE_SECONDS = 30.0
 """How long a connection may take to send the head of a request."""
 LINGER_SECONDS = 1.0
 """How long what is left of a request is read after its answer."""
 _GOODBYE_SECONDS = 5.0
 """How long answers under way may take when the server stops."""
-_OPEN = frozenset({"/live", "/ready"})
+_OPEN = frozenset({"/live", "/ready", "/ping"})
 """Paths that a probe without credentials may ask for."""
+
+
+class Apis(NamedTuple):
+    """What is answered beside probes and metrics, and where it is counted."""
+
+    adapters: AdaptersApi | None = None
+    calls: InferenceApi | None = None
+    metrics: Metrics | None = None
 
 
 @asynccontextmanager
@@ -31,17 +46,18 @@ async def serving(
     not_ready: Callable[[], str | None],
     *,
     token: str | None = None,
-    api: AdaptersApi | None = None,
+    apis: "Apis | None" = None,
 ) -> AsyncIterator[int]:
     """Serve until the end of the block; yields the port, which the kernel chose when `port` is 0.
 
     /live answers 200 while the event loop runs; /ready answers 503 with the reason that `not_ready` gives,
-    200 once it gives none. `api` answers what is its own, and is closed in the end. With a `token`,
-    everything but those two asks for it as a bearer token. Raises LoramillError when the address cannot be
-    had.
+    200 once it gives none. `apis` answer what is their own, and are closed in the end. With a `token`,
+    everything but those two and /ping asks for it as a bearer token. Raises LoramillError when the address
+    cannot be had.
     """
+    apis = apis or Apis()
 
-    async def metrics(_: web.Request) -> web.Response:
+    async def exposition(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def live(_: web.Request) -> web.Response:
@@ -53,10 +69,14 @@ async def serving(
             web.Response(text="ready\n") if reason is None else web.Response(text=f"{reason}\n", status=503)
         )
 
-    middlewares = [_refusing_browsers if token is None else _asking_for(token)]
-    middlewares += [] if api is None else [api.middleware]
-    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-    app.add_routes([web.get("/metrics", metrics), web.get("/live", live), web.get("/ready", ready)])
+    middlewares = [] if apis.metrics is None else [_counting(apis.metrics)]
+    middlewares += [_in_json, _refusing_browsers if token is None else _asking_for(token)]
+    if apis.calls is not None:
+        middlewares.append(_sending(apis.calls.is_ours, apis.calls.handle))
+    if apis.adapters is not None:
+        middlewares.append(_sending(is_ours, apis.adapters.handle))
+    app = web.Application(middlewares=middlewares)
+    app.add_routes([web.get("/metrics", exposition), web.get("/live", live), web.get("/ready", ready)])
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -73,14 +93,60 @@ async def serving(
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
-        if api is not None:
-            api.close()
+        if apis.adapters is not None:
+            apis.adapters.close()
+
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _counting(metrics: Metrics) -> Callable[..., Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def count(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        first = segments_of(request)[0]
+        route = "adapters" if is_ours(request) else first if first in HTTP_ROUTES else "other"
+        started, status = time.monotonic(), 500
+        try:
+            answer = await handler(request)
+            status = answer.status
+            return answer
+        finally:
+            metrics.http_requests.labels(route, str(status)).inc()
+            metrics.http_seconds.labels(route).observe(time.monotonic() - started)
+
+    return count
 
 
 @web.middleware
-async def _refusing_browsers(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _in_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """What aiohttp itself refuses, and a mistake of ours, in the words of all other errors."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        return refusal(Refused(404, "Requested resource is not found", kind="ResourceNotFoundException"))
+    except web.HTTPException as error:
+        allowed = error.headers.get("Allow")
+        headers = None if allowed is None else {"Allow": allowed}
+        return refusal(Refused(error.status, error.reason, headers=headers))
+    except Exception:
+        logger.exception("a request failed by a mistake of ours")
+        return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
+
+
+def _sending(
+    ours: Callable[[web.Request], bool], answering: _Handler
+) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """What puts an API in front of an application's own routes."""
+
+    @web.middleware
+    async def send(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        return await (answering(request) if ours(request) else handler(request))
+
+    return send
+
+
+@web.middleware
+async def _refusing_browsers(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """A page from anywhere, in a browser on this machine, may send what it likes to its loopback address."""
     if request.method not in {"GET", "HEAD"} and "Origin" in request.headers:
         return refusal(Refused(403, "requests of web pages need a bearer token"))
@@ -91,15 +157,11 @@ def _asking_for(token: str) -> Callable[..., Awaitable[web.StreamResponse]]:
     expected = f"Bearer {token}".encode()
 
     @web.middleware
-    async def check(
-        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def check(request: web.Request, handler: _Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if request.path not in _OPEN and not hmac.compare_digest(given, expected):
             refused = Refused(401, "a bearer token is required", headers={"WWW-Authenticate": "Bearer"})
-            if is_ours(request):
-                return refusal(refused)
-            return web.Response(text=f"{refused.message}\n", status=refused.code, headers=refused.headers)
+            return refusal(refused)
         return await handler(request)
 
     return check

@@ -129,7 +129,7 @@ def failure_in(result: RowResult) -> Failure | None:
     return result.failure or result.row.failure
 
 
-def encode(line: msgspec.Struct) -> bytes:
+def encode(line: object) -> bytes:
     """UTF-8, on one line. Half of a surrogate pair, from a tokenizer or an error's text, becomes "?"."""
     try:
         return _ENCODER.encode(line)

@@ -1,0 +1,100 @@
+"""The base model and its adapters, called over HTTP: a body -> rows -> the engine -> an answer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+from worker.errors import InvalidMessage
+from worker.http.answers import Refused
+from worker.http.calls import Call, Reply
+from worker.jobs import Failure, Row, RowResult
+from worker.wire.calls import Asked, parse_body, read_call, write_answer
+from worker.wire.results import failure_in
+
+Answering = Callable[[str, Sequence[Row], float], Awaitable[list[RowResult]]]
+"""`RowRunner.answer`."""
+
+STATUSES = {
+    "adapter_not_found": 424,
+    "adapter_invalid": 424,
+    "internal": 424,
+    "oom": 507,
+    "timeout": 504,
+}
+"""By the code of a row's error, for calls of a single row; what is not here is the caller's, 400."""
+
+
+class CallLimits(NamedTuple):
+    """What calls may ask for."""
+
+    max_rows: int
+    """Of all calls together."""
+    timeout_seconds: float
+
+
+class Generation:
+    """Answers calls with what `answering` makes of their rows.
+
+    The rows of all calls together are bounded: what comes beyond that is refused at once, to be tried again.
+    """
+
+    def __init__(self, answering: Answering, limits: CallLimits, base_models: Collection[str]) -> None:
+        """`base_models` are the names by which a request may call the base model."""
+        self._answering = answering
+        self._limits = limits
+        self._base_models = base_models
+        self.num_rows = 0
+        """At work."""
+
+    async def answer(self, call: Call) -> Reply:
+        """Raises Refused and EngineFailed."""
+        try:
+            # Reading a large body takes a while, and others are to be answered.
+            asked = await asyncio.to_thread(self._read, call)
+        except InvalidMessage as error:
+            raise Refused(400, _sentence(error)) from error
+        results = await self._run(call, asked)
+        failures = [failure_in(result) for result in results]
+        if asked.is_single and failures[0] is not None:
+            raise _refusal(failures[0])
+        body = await asyncio.to_thread(write_answer, asked, results)
+        return Reply(body, outcomes=tuple(failure.code if failure else "completed" for failure in failures))
+
+    def _read(self, call: Call) -> Asked:
+        return read_call(
+            _body(call), max_rows=self._limits.max_rows, adapter=call.adapter, base_models=self._base_models
+        )
+
+    async def _run(self, call: Call, asked: Asked) -> list[RowResult]:
+        rows = len(asked.rows)
+        if self.num_rows + rows > self._limits.max_rows:
+            at_work = f"{self.num_rows} rows of calls are at work, and there may be {self._limits.max_rows}"
+            raise Refused(503, f"The worker is busy: {at_work}", headers={"Retry-After": "1"})
+        self.num_rows += rows
+        try:
+            return await self._answering(call.id, asked.rows, self._limits.timeout_seconds)
+        finally:
+            self.num_rows -= rows
+
+
+def _body(call: Call) -> dict[str, Any]:
+    """The fields of a body. Raises Refused for a type that is not served, and InvalidMessage."""
+    if call.content_type in {None, "application/json"}:
+        return parse_body(call.body)
+    if call.content_type == "text/plain":
+        try:
+            return {"inputs": call.body.decode()}
+        except UnicodeDecodeError as error:
+            raise InvalidMessage("the body is not UTF-8") from error
+    raise Refused(415, "The content type must be application/json, or text/plain for one prompt")
+
+
+def _refusal(failure: Failure) -> Refused:
+    refused = Refused(STATUSES.get(failure.code, 400), failure.message)
+    refused.outcome = failure.code
+    return refused
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]

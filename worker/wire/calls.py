@@ -1,0 +1,87 @@
+"""The body of a call over HTTP, and its answer: a job's inline form, and DJL Serving's lists of texts.
+
+A mistake in the shape of the whole raises InvalidMessage; a mistake in one row becomes that row's failure.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from worker.errors import InvalidMessage
+from worker.jobs import Row, RowResult, Task
+from worker.wire import rows
+from worker.wire.checks import show, unknown
+from worker.wire.results import ScoreLine, encode, failure_in, result_line
+from worker.wire.rows import read_rows
+
+FIELDS = rows.FIELDS | {"task", "stream"}
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a body asks for."""
+
+    rows: tuple[Row, ...]
+    is_single: bool
+    """Whether `inputs` was one text: then so is the answer."""
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises InvalidMessage."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidMessage(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidMessage("the body is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise InvalidMessage("the body is JSON and not an object")
+    return found
+
+
+def read_call(
+    body: dict[str, Any],
+    *,
+    max_rows: int,
+    adapter: str | None = None,
+    base_models: Collection[str] | None = None,
+) -> Asked:
+    """The rows of a call. `adapter`, unless None, wins over what the body says; "" is the base model."""
+    stranger = unknown(body, FIELDS)
+    if stranger is not None:
+        raise InvalidMessage(f"field {stranger}")
+    if body.get("stream") is not None and body["stream"] is not False:
+        raise InvalidMessage(f"stream is {show(body['stream'])}; answers are not streamed: it must be false")
+    task = body.get("task")
+    if task is not None and (not isinstance(task, str) or task not in list(Task)):
+        raise InvalidMessage(f"task is {show(task)}; it must be generate or score")
+    task = Task(task) if task else Task.GENERATE
+    try:
+        read = read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models)
+    except RecursionError as error:
+        raise InvalidMessage("the body is nested too deeply") from error
+    return Asked(read, isinstance(body.get("inputs"), str))
+
+
+def write_answer(asked: Asked, results: Sequence[RowResult]) -> bytes:
+    """JSON: an element for each row, by itself where one text was asked for. A failed row's is its error."""
+    elements = [_element(result) for result in results]
+    return encode_any(elements[0] if asked.is_single else elements)
+
+
+def encode_any(value: object) -> bytes:
+    """JSON in UTF-8, whatever half characters there are in it."""
+    return encode(value) + b"\n"
+
+
+def _element(result: RowResult) -> dict[str, Any]:
+    failure = failure_in(result)
+    if failure is not None:
+        return {"error": failure}
+    line = result_line(result)
+    said: dict[str, Any]
+    if isinstance(line, ScoreLine):
+        said = {name: getattr(line, name) for name in ("logprob", "token_logprobs", "is_greedy")}
+    else:
+        said = {"generated_text": line.generated_text}
+    return said if line.details is msgspec.UNSET else said | {"details": line.details}
