@@ -41,7 +41,7 @@ FLOORS = [
         "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
         "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
         "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",
-        "worker.chains", "worker.turns", "worker.workflows",
+        "worker.chains", "worker.turns", "worker.workflow_files", "worker.workflows",
         "worker.local_input", "worker.local_output", "worker.local_signals",
         "adapters_sync.listener", "adapters_sync.management", "adapters_sync.passes", "adapters_sync.push",
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",

@@ -33,12 +33,13 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
-from worker.errors import SettingsError
+from worker.errors import LoramillError, SettingsError
 from worker.flow import FlowControl
 from worker.http.adapters_api import AdaptersApi
 from worker.http.generation import CallLimits, Generation
 from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
+from worker.http.workflows_api import WorkflowsApi
 from worker.intake import Intake
 from worker.messages import open_messages
 from worker.metrics import Metrics
@@ -51,6 +52,8 @@ from worker.shelf import VersionShelf
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
+from worker.workflow_files import fetch_workflow
+from worker.workflows import Workflows
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
         calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
-        apis = Apis(adapters=api, calls=calls, metrics=metrics)
+        chains = WorkflowsApi(lambda url: fetch_workflow(url, objects), not_ready)
+        apis = Apis(adapters=api, calls=calls, workflows=chains, metrics=metrics)
         await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
         messages = await stack.enter_async_context(open_messages(settings, clients))
         mirror = await stack.enter_async_context(_mirror(settings))
@@ -125,6 +129,8 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             )
         )
         api.registry = registered = await _registered(settings, bridge, owned)
+        chains.workflows = workflows = await _workflows(settings, registered, objects)
+        calls.is_workflow = workflows.knows
         adapters = AdapterDirectory(
             settings.adapters_path if settings.lora_enabled else None,
             settings.adapter_wait_seconds,
@@ -137,6 +143,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             adapters,
             flow_of(settings, core),
             own_tokenizer=core.tokenizers.of,
+            workflow=workflows.find,
         )
         calls.models[settings.model_name] = _generation(settings, rows)
         intake = None if messages is None else messages.intake(rows, objects, metrics)
@@ -413,6 +420,25 @@ async def _registered(
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry
+
+
+async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store: S3Store) -> Workflows:
+    """Those that were registered before, and those of the settings.
+
+    Raises LoramillError for one of the settings that cannot be served.
+    """
+    names = names_of(str(settings.model))
+    urls = {url for url in (settings.model, settings.model_id) if url is not None}
+    place = settings.registered_path
+    folder = None if place is None else place.parent / "workflows"
+    workflows = Workflows(adapters, urls, {*names, settings.model_name}, folder)
+    await workflows.start()
+    for url in settings.workflows:
+        try:
+            await workflows.replace(await fetch_workflow(url, store))
+        except LoramillError as error:
+            raise LoramillError(f"workflows: {url}: {error}") from error
+    return workflows
 
 
 def flow_of(settings: Settings, core: Core) -> FlowControl:

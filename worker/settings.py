@@ -174,6 +174,13 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         Meta(description="How long a row waits for an adapter that is not there yet.", ge=0, le=43_200),
     ] = 30.0
     sync: Annotated[bool, Meta(description="Run the adapter mirror inside the worker.")] = False
+    workflows: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="workflow.json files, folders with one, or s3:// URIs of either, to be served "
+            "from the start."
+        ),
+    ] = ()
     exit_when_idle_seconds: Annotated[
         float | None,
         Meta(

@@ -71,6 +71,10 @@ class Workflows:
             raise ModelNotFound(f"The model {name} was not found")
         return found
 
+    def knows(self, name: str) -> bool:
+        """Whether `find` has more to say of a name than that it is none."""
+        return name in self._workflows or name in self._failed
+
     def describe(self, name: str) -> Workflow:
         """Raises UnknownWorkflow."""
         found = self._workflows.get(name)

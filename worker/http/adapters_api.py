@@ -18,20 +18,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from worker.errors import (
-    AdapterInvalid,
-    AdapterStoreFull,
-    AdapterTaken,
-    EngineFailed,
-    InvalidRegistration,
-    LoramillError,
-    RegistryUnavailable,
-    RowFailed,
-    StorageFull,
-    UnknownAdapter,
-)
+from worker.errors import LoramillError
 from worker.http.answers import Refused, answer, refusal
 from worker.http.bodies import read_body
+from worker.http.codes import code_of
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
 from worker.registry import AdapterRegistry
@@ -43,18 +33,6 @@ ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
 MAX_PAGE = 100
 BODY_SECONDS = 10.0
 MAX_BODY_BYTES = 64 << 10
-
-_CODES: tuple[tuple[type[LoramillError], int], ...] = (
-    (UnknownAdapter, 404),
-    (AdapterTaken, 409),
-    (InvalidRegistration, 400),
-    (AdapterInvalid, 400),
-    (RegistryUnavailable, 503),
-    (RowFailed, 503),
-    (EngineFailed, 503),
-    (StorageFull, 507),
-    (AdapterStoreFull, 507),
-)
 
 _Action = Callable[[AdapterRegistry, Parameters, str], Awaitable[Any]]
 
@@ -112,7 +90,7 @@ class AdaptersApi:
         try:
             found = await work
         except LoramillError as error:
-            code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+            code = code_of(error)
             if code is None:
                 raise
             raise Refused(code, _renamed(str(error), name, shown)) from error

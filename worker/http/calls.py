@@ -16,6 +16,8 @@ class Call(NamedTuple):
     """That query or header name for all of it; None if they name none, "" is the base model."""
     headers: Mapping[str, str]
     """Names in lower case."""
+    workflow: str | None = None
+    """What the rows are put through, where the model was called by a workflow's name."""
     shape: str | None = None
     """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
 

@@ -15,6 +15,7 @@ Answering = Callable[[str, Sequence[Row], float], Awaitable[list[RowResult]]]
 """`RowRunner.answer`."""
 
 STATUSES = {
+    "model_not_found": 404,
     "adapter_not_found": 424,
     "adapter_invalid": 424,
     "internal": 424,
@@ -62,7 +63,11 @@ class Generation:
 
     def _read(self, call: Call) -> Asked:
         return read_call(
-            _body(call), max_rows=self._limits.max_rows, adapter=call.adapter, base_models=self._base_models
+            _body(call),
+            max_rows=self._limits.max_rows,
+            adapter=call.adapter,
+            base_models=self._base_models,
+            workflow=call.workflow,
         )
 
     async def _run(self, call: Call, asked: Asked) -> list[RowResult]:

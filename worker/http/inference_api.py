@@ -56,6 +56,8 @@ class InferenceApi:
         self._not_ready = not_ready
         self._metrics = metrics
         self.models: dict[str, Model] = {}
+        self.is_workflow: Callable[[str], bool] = lambda _: False
+        """Whether a name that is no model's is one of a workflow of the worker's model."""
         self.num_calls = 0
         """That are read or at work."""
         self._idle = asyncio.Event()
@@ -122,7 +124,9 @@ class InferenceApi:
                 f"The worker is busy: {self.num_calls} calls are at work, as many as there may be",
                 headers={"Retry-After": "1"},
             )
-        model = self.models.get(self._model if name is None else name)
+        model, workflow = self.models.get(self._model if name is None else name), None
+        if model is None and name is not None and self.is_workflow(name):
+            model, workflow = self.models.get(self._model), name
         if model is None:
             raise Refused(404, f"The model {name} was not found")
         self.num_calls += 1
@@ -130,7 +134,7 @@ class InferenceApi:
         try:
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
             headers = {key.lower(): value for key, value in request.headers.items()}
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers)
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow)
             return await _while_there(request, model, call)
         finally:
             self.num_calls -= 1

@@ -16,6 +16,7 @@ from worker.http.adapters_api import AdaptersApi, is_ours
 from worker.http.answers import Refused, refusal
 from worker.http.inference_api import InferenceApi
 from worker.http.paths import segments_of
+from worker.http.workflows_api import WorkflowsApi
 from worker.metrics import HTTP_ROUTES, Metrics
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Apis(NamedTuple):
 
     adapters: AdaptersApi | None = None
     calls: InferenceApi | None = None
+    workflows: WorkflowsApi | None = None
     metrics: Metrics | None = None
 
 
@@ -75,6 +77,8 @@ async def serving(
         middlewares.append(_sending(apis.calls.is_ours, apis.calls.handle))
     if apis.adapters is not None:
         middlewares.append(_sending(is_ours, apis.adapters.handle))
+    if apis.workflows is not None:
+        middlewares.append(_sending(apis.workflows.is_ours, apis.workflows.handle))
     app = web.Application(middlewares=middlewares)
     app.add_routes([web.get("/metrics", exposition), web.get("/live", live), web.get("/ready", ready)])
     runner = web.AppRunner(

@@ -45,8 +45,12 @@ def read_call(
     max_rows: int,
     adapter: str | None = None,
     base_models: Collection[str] | None = None,
+    workflow: str | None = None,
 ) -> Asked:
-    """The rows of a call. `adapter`, unless None, wins over what the body says; "" is the base model."""
+    """The rows of a call. `adapter`, unless None, wins over what the body says; "" is the base model.
+
+    With a `workflow` no row may name an adapter.
+    """
     stranger = unknown(body, FIELDS)
     if stranger is not None:
         raise InvalidMessage(f"field {stranger}")
@@ -57,7 +61,9 @@ def read_call(
         raise InvalidMessage(f"task is {show(task)}; it must be generate or score")
     task = Task(task) if task else Task.GENERATE
     try:
-        read = read_rows(body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models)
+        read = read_rows(
+            body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models, workflow=workflow
+        )
     except RecursionError as error:
         raise InvalidMessage("the body is nested too deeply") from error
     return Asked(read, isinstance(body.get("inputs"), str))

@@ -1,0 +1,63 @@
+"""Where workflow.json files are: on this machine or in S3, by themselves or in a folder."""
+
+import asyncio
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from worker.errors import InvalidWorkflow, ObjectNotFound, RegistryUnavailable, StoreRefused, StoreUnavailable
+from worker.transport.store import Store
+from worker.workflow import MAX_BYTES, Workflow, read_workflow
+
+FILE = "workflow.json"
+_S3 = "s3://"
+
+
+async def fetch_workflow(url: str, store: Store) -> Workflow:
+    """Read the workflow at `url`; a folder stands for the FILE in it.
+
+    Adapters and models that it names by relative paths are those beside it. Raises InvalidWorkflow, and
+    RegistryUnavailable when the store cannot be reached.
+    """
+    if url.startswith(_S3):
+        place = url if url.endswith(".json") else f"{url.rstrip('/')}/{FILE}"
+        try:
+            content, _ = await store.get(place, max_bytes=MAX_BYTES)
+        except ObjectNotFound as error:
+            raise InvalidWorkflow(f"url is {url!r}; there is no {place}") from error
+        except StoreRefused as error:
+            raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error}") from error
+        except StoreUnavailable as error:
+            raise RegistryUnavailable(str(error)) from error
+        return _placed(read_workflow(content), place.rpartition("/")[0])
+    try:
+        place, content = await asyncio.to_thread(_read, url.removeprefix("file://"))
+    except OSError as error:
+        raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error.strerror}") from error
+    return _placed(read_workflow(content), place)
+
+
+def _read(name: str) -> tuple[str, bytes]:
+    path = Path(name).expanduser()
+    path = (path / FILE if path.is_dir() else path).absolute()
+    with path.open("rb") as file:
+        return str(path.parent), file.read(MAX_BYTES + 1)
+
+
+def _placed(workflow: Workflow, folder: str) -> Workflow:
+    replace = msgspec.structs.replace
+    return replace(
+        workflow,
+        models={key: replace(one, url=_beside(one.url, folder)) for key, one in workflow.models.items()},
+        adapters={key: replace(one, src=_beside(one.src, folder)) for key, one in workflow.adapters.items()},
+    )
+
+
+def _beside(said: str, folder: str) -> str:
+    """A relative path as one in `folder`; anything else, and a local one that is not there, as it is."""
+    if "://" in said or PurePosixPath(said).is_absolute():
+        return said
+    if folder.startswith(_S3):
+        return f"{folder}/{said.removeprefix('./')}"
+    beside = Path(folder, said)
+    return str(beside.resolve()) if beside.exists() else said
