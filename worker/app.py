@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from adapters_sync.reconcile import Mirror, open_mirror
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
 from worker.commit import Committer, Provenance
+from worker.custom.adapters import HandlerAdapters
+from worker.custom.handler import CustomHandler
+from worker.custom.opening import find_entry_point, make_handler
+from worker.custom.rows import HandlerRows
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
@@ -36,11 +41,12 @@ from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.errors import SettingsError
 from worker.flow import FlowControl
-from worker.http.adapters_api import AdaptersApi
+from worker.http.adapters_api import AdaptersApi, Registry
+from worker.http.handler_api import HandlerApi
 from worker.http.server import serving
 from worker.intake import POLL_SECONDS, Intake
 from worker.metrics import Metrics
-from worker.model_source import fetch_weights, remote_properties
+from worker.model_source import fetch_model_folder, fetch_weights, local_properties, remote_properties
 from worker.registry import AdapterRegistry
 from worker.rows import RowRunner
 from worker.runner import JobLimits, Runner
@@ -52,6 +58,7 @@ from worker.transport.clients import Clients
 from worker.transport.lease import LeaseKeeper
 from worker.transport.queue import QueueInfo, SqsQueue
 from worker.transport.store import S3Store
+from worker.transport.tree import MARKER
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,17 @@ class Core(NamedTuple):
     """What adapters may name."""
     cache_tokens: int
     """That the KV cache has room for."""
+
+
+class _Side(NamedTuple):
+    """What answers rows: the engine, or a custom handler."""
+
+    rows: RowRunner
+    registry: Registry | None
+    """None when no adapters are served."""
+    wait: Callable[[], Awaitable[None]]
+    """Raises when it can serve no more."""
+    export: Callable[[], None]
 
 
 async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
@@ -101,7 +119,11 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
 
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         host, port, token = settings.http_host, settings.http_port, settings.http_token
-        port = await stack.enter_async_context(serving(host, port, registry, not_ready, token=token, api=api))
+        requests = HandlerApi(settings.model_name, not_ready)
+        routes = requests.routes if settings.custom_code else ()
+        port = await stack.enter_async_context(
+            serving(host, port, registry, not_ready, token=token, api=api, routes=routes)
+        )
         logger.info("listening", extra={"host": host, "port": port})
 
         assert settings.queue_url is not None
@@ -110,34 +132,27 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         _warn_about(info, settings)
         mirror = await stack.enter_async_context(_mirror(settings))
         owned = await stack.enter_async_context(_owned_tasks())
-        weights = await fetch_weights(settings, objects, _logging_bytes())
-        if mirror is not None:
-            # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
-            await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
-            owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
-        core = await asyncio.to_thread(build_core, settings, weights)
-        await asyncio.to_thread(_tell_mirrors, settings, core.targets)
+        custom = await _custom_handler(settings, objects, properties)
+        keeper = LeaseKeeper(queue, settings.visibility_timeout_seconds)
+        if custom is None:
+            side = await _engine_side(
+                settings,
+                objects,
+                stack,
+                keeper,
+                owned=owned,
+                mirror=mirror,
+                registry=registry,
+                exporter=exporter,
+            )
+        else:
+            if mirror is not None:
+                owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
+            side = await _handler_side(settings, objects, stack, keeper, owned=owned, custom=custom)
+            requests.handler = custom
         if signals.stop.is_set():
             return
-
-        keeper = await stack.enter_async_context(LeaseKeeper(queue, settings.visibility_timeout_seconds))
-        bridge = await stack.enter_async_context(
-            Bridge(
-                core.engine,
-                core.store,
-                exporter.step,
-                on_row=exporter.row,
-                max_passed_over=settings.max_passed_over,
-            )
-        )
-        api.registry = registered = await _registered(settings, bridge, owned)
-        adapters = AdapterDirectory(
-            settings.adapters_path if settings.lora_enabled else None,
-            settings.adapter_wait_seconds,
-            on_missing=mirror.wake if mirror is not None else lambda: None,
-            registered=registered.find if registered is not None else lambda _: None,
-        )
-        rows = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
+        rows, api.registry = side.rows, side.registry
         runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
         intake = Intake(
             queue,
@@ -152,13 +167,12 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
 
         def export() -> None:
             exporter.leases(keeper.stats, keeper.lag)
-            exporter.store(core.store.stats())
-            exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
+            side.export()
             metrics.rows_in_flight.set(rows.in_flight)
 
         idleness = _watch_idleness(intake, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
-            asyncio.create_task(bridge.wait(), name="engine"),
+            asyncio.create_task(_awaited(side.wait), name="engine"),
             asyncio.create_task(keeper.wait(), name="leases"),
             asyncio.create_task(_export(export), name="export"),
             asyncio.create_task(idleness, name="idleness"),
@@ -167,6 +181,106 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         metrics.ready.set_function(lambda: 0 if not_ready() else 1)
         logger.info("ready", extra={"queue": settings.queue_url})
         await _serve(intake, owned, signals, settings.drain_timeout_seconds)
+
+
+async def _engine_side(
+    settings: Settings,
+    objects: S3Store,
+    stack: AsyncExitStack,
+    keeper: LeaseKeeper,
+    *,
+    owned: set[asyncio.Task[None]],
+    mirror: Mirror | None,
+    registry: CollectorRegistry,
+    exporter: Exporter,
+) -> _Side:
+    """The base model and its adapters, in the worker's own engine."""
+    weights = await fetch_weights(settings, objects, _logging_bytes())
+    if mirror is not None:
+        # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
+        await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
+        owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
+    core = await asyncio.to_thread(build_core, settings, weights)
+    await asyncio.to_thread(_tell_mirrors, settings, core.targets)
+    await stack.enter_async_context(keeper)
+    bridge = await stack.enter_async_context(
+        Bridge(
+            core.engine,
+            core.store,
+            exporter.step,
+            on_row=exporter.row,
+            max_passed_over=settings.max_passed_over,
+        )
+    )
+    registered = await _registered(settings, bridge, owned)
+    adapters = AdapterDirectory(
+        settings.adapters_path if settings.lora_enabled else None,
+        settings.adapter_wait_seconds,
+        on_missing=mirror.wake if mirror is not None else lambda: None,
+        registered=registered.find if registered is not None else lambda _: None,
+    )
+
+    def export() -> None:
+        exporter.store(core.store.stats())
+        exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
+
+    rows = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
+    return _Side(rows, registered, bridge.wait, export)
+
+
+async def _custom_handler(
+    settings: Settings, objects: S3Store, properties: str | None
+) -> CustomHandler | None:
+    """The handler that comes with the model, not started yet; None when the engine serves."""
+    if not settings.custom_code:
+        await asyncio.to_thread(find_entry_point, settings, settings.model_dir)  # says what is not run
+        return None
+    folder = await fetch_model_folder(settings, objects, _logging_bytes())
+    entry_point = await asyncio.to_thread(find_entry_point, settings, folder)
+    if entry_point is None or folder is None:
+        return None
+    device = await asyncio.to_thread(resolve_device, settings.device)
+    return make_handler(
+        settings,
+        folder,
+        entry_point,
+        model_id=None
+        if settings.model_id is None
+        else await fetch_weights(settings, objects, _logging_bytes()),
+        device_id="-1" if device.type == "cpu" else str(device.index or 0),
+        environ=os.environ,
+        properties=properties if properties is not None else local_properties(settings),
+    )
+
+
+async def _handler_side(
+    settings: Settings,
+    objects: S3Store,
+    stack: AsyncExitStack,
+    keeper: LeaseKeeper,
+    *,
+    owned: set[asyncio.Task[None]],
+    custom: CustomHandler,
+) -> _Side:
+    """A custom handler in the engine's place."""
+
+    async def fetch(uri: str, folder: Path) -> str:
+        await objects.download_tree(uri.rstrip("/") + "/", folder)
+        return (folder / MARKER).read_text(encoding="ascii").strip()
+
+    await stack.enter_async_context(keeper)
+    await stack.enter_async_context(custom)
+    adapters, place = None, settings.registered_path
+    if settings.lora_enabled and settings.adapters_path is not None and place is not None:
+        adapters = HandlerAdapters(custom, settings.adapters_path, place, fetch)
+        await adapters.start()
+        owned.add(asyncio.create_task(adapters.run(), name="handler-adapters"))
+    flow = FlowControl(
+        max_rows=settings.in_flight_rows,
+        max_tokens=settings.in_flight_rows,  # no row of a handler's counts any
+        max_bytes=settings.max_in_flight_bytes,
+    )
+    return _Side(HandlerRows(custom, adapters, flow), adapters, custom.wait, lambda: None)
 
 
 def build_core(settings: Settings, weights: str) -> Core:
@@ -291,6 +405,10 @@ async def _serve(
         for task in (polling, stopping, hurrying):
             task.cancel()
         await asyncio.gather(polling, stopping, hurrying, return_exceptions=True)
+
+
+async def _awaited(wait: Callable[[], Awaitable[None]]) -> None:
+    await wait()
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """The worker's HTTP side: /metrics, /live and /ready, and before them the adapter management API."""
 
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -32,13 +32,14 @@ async def serving(
     *,
     token: str | None = None,
     api: AdaptersApi | None = None,
+    routes: Iterable[web.RouteDef] = (),
 ) -> AsyncIterator[int]:
     """Serve until the end of the block; yields the port, which the kernel chose when `port` is 0.
 
     /live answers 200 while the event loop runs; /ready answers 503 with the reason that `not_ready` gives,
-    200 once it gives none. `api` answers what is its own, and is closed in the end. With a `token`,
-    everything but those two asks for it as a bearer token. Raises LoramillError when the address cannot be
-    had.
+    200 once it gives none. `api` answers what is its own, and is closed in the end; `routes` are others'.
+    With a `token`, everything but those two asks for it as a bearer token. Raises LoramillError when the
+    address cannot be had.
     """
 
     async def metrics(_: web.Request) -> web.Response:
@@ -57,6 +58,7 @@ async def serving(
     middlewares += [] if api is None else [api.middleware]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes([web.get("/metrics", metrics), web.get("/live", live), web.get("/ready", ready)])
+    app.add_routes(routes)
     runner = web.AppRunner(
         app,
         access_log=None,

@@ -1,0 +1,262 @@
+"""A handler in its process: what it is asked, what it answers, and every way it can fail."""
+
+import asyncio
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tests.custom.conftest import MODELS, ask, handler_of
+from worker.custom.djl_python import Input
+from worker.custom.djl_python.np_util import from_nd_list, to_nd_list
+from worker.errors import HandlerDied, ModelError
+
+UNRULY = MODELS / "unruly"
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def test_echo_answers_as_in_djl_serving() -> None:
+    async def play():
+        async with handler_of(MODELS / "echo") as handler:
+            whole = await ask(handler, b"hello")
+            stream = await ask(handler, b"", stream="true")
+            raised = await ask(handler, b"", exception="no way")
+            odd = await ask(handler, b"", typeerror="1")
+            starved = await ask(handler, b"", OOM="1")
+            return whole, await stream.read(), raised, odd, starved, handler.num_restarts
+
+    whole, stream, raised, odd, starved, restarts = run(play())
+    assert (whole.status, whole.body) == (200, b"hello")
+    assert stream == b"t-0\nt-1\nt-2\nt-3\nt-4\n"
+    assert raised.status == 424
+    assert json.loads(raised.body) == {"code": 424, "message": "invoke handler failure", "error": "no way"}
+    assert "Traceback" not in raised.body.decode()
+    assert (odd.status, "Invalid output type" in odd.reason) == (424, True)
+    assert starved.status == 507
+    assert restarts == 0
+
+
+def test_a_handler_that_exits_fails_its_call_and_is_there_for_the_next() -> None:
+    async def play():
+        async with handler_of(MODELS / "echo") as handler:
+            with pytest.raises(HandlerDied, match="exit code 0"):
+                await ask(handler, b"", exit="1")
+            return (await ask(handler, b"again")).body, handler.num_restarts
+
+    assert run(play()) == (b"again", 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("crash", "SIGSEGV"),
+        ("leave", "exit code 7"),
+        ("loop", "did not answer within 1 s"),
+        ("nonsense", "no answer"),
+    ],
+)
+def test_what_ends_the_process_fails_one_call_and_no_other(how: str, reason: str) -> None:
+    async def play():
+        async with handler_of(UNRULY, call_seconds=1) as handler:
+            calls = [ask(handler, how=word) for word in ("before", how, "after")]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    before, died, after = run(play())
+    assert (before.body, after.body) == (b"BEFORE", b"AFTER")
+    assert isinstance(died, HandlerDied)
+    assert reason in str(died)
+
+
+@pytest.mark.parametrize("how", ["crash", "loop"])
+def test_of_a_batch_that_ends_the_process_only_the_culprit_fails(how: str) -> None:
+    async def play():
+        async with handler_of(MODELS / "unruly", call_seconds=1, batch_size=4) as handler:
+            calls = [ask(handler, how=word) for word in ("slow", "one", how, "two")]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    # This handler knows nothing of batches, so a batch of it is an answer to nobody; and it dies of none.
+    found = run(play())
+    assert [getattr(one, "status", "died") for one in found].count("died") <= 1
+
+
+def test_requests_that_wait_go_together_and_each_gets_its_own_answer() -> None:
+    async def play():
+        async with handler_of(MODELS / "adaptecho", batch_size=3) as handler:
+            texts = [f"text {number}" for number in range(8)]
+            found = await asyncio.gather(*(ask(handler, text.encode()) for text in texts))
+            return texts, found
+
+    texts, found = run(play())
+    assert [answer.body.decode() for answer in found] == texts
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "words"),
+    [
+        ("starve", 507, "out of memory"),
+        ("bad_code", 424, "'two hundred'"),
+        ("no_json", 424, "not JSON serializable"),
+        ("huge", 424, "it may have"),
+        ("nothing", 204, "No content"),
+        ("teapot", 418, "short and"),
+        ("later", 200, "OK"),
+    ],
+)
+def test_every_answer_has_its_status(how: str, status: int, words: str) -> None:
+    async def play():
+        async with handler_of(UNRULY) as handler:
+            return await ask(handler, how=how), (await ask(handler, how="still")).body
+
+    answer, still = run(play())
+    assert answer.status == status
+    assert words in answer.reason
+    assert still == b"STILL"
+
+
+def test_a_stream_that_fails_breaks_off_and_the_handler_lives() -> None:
+    async def play():
+        async with handler_of(UNRULY) as handler:
+            stream = await ask(handler, how="broken_stream")
+            with pytest.raises(HandlerDied, match="no two"):
+                await stream.read()
+            formatted = await (await ask(handler, how="token_stream")).read()
+            return formatted, handler.num_restarts
+
+    assert run(play()) == (b'{"outputs": "a"}\n{"outputs": "b"}\n', 0)
+
+
+def test_a_stream_without_end_is_ended() -> None:
+    async def play():
+        async with handler_of(UNRULY, call_seconds=30) as handler:
+            with pytest.raises(HandlerDied):
+                await (await ask(handler, how="endless")).read()
+            return (await ask(handler, how="after")).body
+
+    assert run(play()) == b"AFTER"
+
+
+def test_the_handler_is_told_what_djl_serving_tells_it() -> None:
+    async def play():
+        options = {"model_id": "some/model", "topK": "5"}
+        async with handler_of(UNRULY, options=options) as handler:
+            return json.loads((await handler.call("handle", {"X-Mine": "1"}, (("how", b"ready"),))).body)
+
+    said = run(play())
+    assert said["began"]["topK"] == "5"
+    assert said["began"]["model_dir"] == said["here"] == str(UNRULY)
+    assert (said["properties"]["X-Mine"], said["properties"]["device_id"]) == ("1", "-1")
+    assert said["beside"] == "from beside"
+    assert said["secrets"] == []
+
+
+def test_what_it_prints_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "worker.custom.process")
+
+    async def play():
+        async with handler_of(UNRULY) as handler:
+            await ask(handler, how="x")
+
+    run(play())
+    assert {"handler: began on stdout", "handler: began on stderr"} <= set(caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
+        ("def hande(inputs): return None", "no function handle"),
+        ("def handle(inputs): raise MemoryError('too big')", "507"),
+        ("def handle(inputs): raise ValueError('no weights here')", "no weights here"),
+        ("import os\ndef handle(inputs): os._exit(3)", "exit code 3"),
+        ("raise SystemExit(4)", "exit code 4"),
+        ("while True: pass", "not ready within 1 s"),
+    ],
+)
+def test_a_handler_that_does_not_start_says_why(tmp_path, code: str, reason: str) -> None:
+    (tmp_path / "model.py").write_text(code)
+
+    async def play():
+        async with handler_of(tmp_path, start_seconds=1 if "while" in code else 60):
+            pass
+
+    with pytest.raises(ModelError, match=reason):
+        run(play())
+
+
+def test_adapters_are_told_again_to_a_new_process() -> None:
+    from worker.custom.messages import Call
+
+    async def play():
+        async with handler_of(MODELS / "adaptecho") as handler:
+            call = Call("register_adapter", {"name": "a"}, (("echooption", b"-opt-"),))
+            assert (await handler.call(call.function, call.properties, call.content)).status == 200
+            handler.remember("a", call)
+            assert handler._process is not None
+            await handler._process.kill()
+            with pytest.raises(HandlerDied):
+                await ask(handler, b"x", adapter="a")
+            return (await ask(handler, b"x", adapter="a")).body
+
+    assert run(play()) == b"a-opt-x"
+
+
+def test_an_adapter_that_ends_every_new_process_is_not_told_again() -> None:
+    from worker.custom.messages import Call
+
+    async def no_sleep(_: float) -> None:
+        pass
+
+    async def play():
+        async with handler_of(UNRULY, sleep=no_sleep) as handler:
+            handler.remember("poison", Call("register_adapter", {"name": "poison"}, (("kill", b"1"),)))
+            with pytest.raises(HandlerDied):
+                await ask(handler, how="leave")
+            return (await ask(handler, how="after")).body
+
+    assert run(play()) == b"AFTER"
+
+
+def test_a_caller_that_leaves_costs_nobody_else() -> None:
+    async def play():
+        async with handler_of(UNRULY) as handler:
+            gone = asyncio.create_task(ask(handler, how="slow"))
+            queued = asyncio.create_task(ask(handler, how="never"))
+            await asyncio.sleep(0)
+            gone.cancel()
+            queued.cancel()
+            return (await ask(handler, how="after")).body, handler.num_restarts
+
+    assert run(play()) == (b"AFTER", 0)
+
+
+@pytest.mark.parametrize("form", ["ndlist", "npz", "npy"])
+def test_arrays_are_read_in_every_form(form: str) -> None:
+    array = np.arange(6, dtype="float32").reshape(2, 3)
+    file = io.BytesIO()
+    if form == "npz":
+        np.savez(file, array)
+    elif form == "npy":
+        np.save(file, array)
+    body = bytes(to_nd_list([array])) if form == "ndlist" else file.getvalue()
+
+    async def play():
+        async with handler_of(MODELS / "arrays") as handler:
+            first = (await ask(handler, body)).body
+            return first, (await ask(handler, body, npz="1")).body
+
+    first, second = run(play())
+    np.testing.assert_array_equal(from_nd_list(first)[0], array)
+    np.testing.assert_array_equal(from_nd_list(second)[0], array * 2)
+
+
+def test_a_file_that_would_be_unpickled_is_refused() -> None:
+    file = io.BytesIO()
+    np.savez(file, np.array([{"a": 1}], dtype=object))
+    given = Input()
+    given.content.add("data", file.getvalue())
+    with pytest.raises(ValueError, match="allow_pickle"):
+        given.get_as_numpy()
