@@ -36,7 +36,8 @@ FLOORS = [
     },
     {
         "worker.adapter_info", "worker.adapter_room", "worker.adapters", "worker.bridge",
-        "worker.client", "worker.commit", "worker.custom", "worker.cutting", "worker.doctor", "worker.files", "worker.flow",
+        "worker.client", "worker.commit", "worker.custom", "worker.cutting", "worker.doctor", "worker.files",
+        "worker.flow",
         "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
         "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
         "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",

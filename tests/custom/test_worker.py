@@ -1,9 +1,11 @@
 """Real workers with handlers: over HTTP, by the adapter management API, and from the queue."""
 
+import contextlib
 import http.client
 import io
 import json
-import shutil
+import re
+import shlex
 import signal
 import urllib.parse
 import uuid
@@ -12,21 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.custom.conftest import MODELS
 from tests.e2e.conftest import BUCKET, PREFIX, Process, wait_until
-
-pytest_plugins = ["tests.e2e.conftest"]
 
 
 def call(
     worker: Process, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **query
 ) -> tuple[http.client.HTTPResponse, bytes]:
     line = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=60)
-    line.request(method, f"{path}?{urllib.parse.urlencode(query)}" if query else path, body, headers or {})
-    with line.getresponse() as answer:
-        found = answer, answer.read()
-    line.close()
-    return found
+    with contextlib.closing(line):
+        line.request(
+            method, f"{path}?{urllib.parse.urlencode(query)}" if query else path, body, headers or {}
+        )
+        with line.getresponse() as answer:
+            return answer, answer.read()
 
 
 def asked(worker: Process, body: bytes = b"", path: str = "/invocations", **query) -> tuple[int, bytes]:
@@ -39,30 +41,7 @@ def told(worker: Process, method: str, path: str, **query) -> tuple[int, dict]:
     return answer.status, json.loads(said)
 
 
-@pytest.fixture
-def serve(mill, tmp_path):
-    """Starts a worker with a copy of a handler's folder as its model."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def serving(name: str, *arguments: str, ready: bool = True, **environ: str):
-        folder = tmp_path / name
-        if not folder.exists():
-            shutil.copytree(MODELS / name, folder)
-        queue = mill.queue()
-        said = {
-            "LORAMILL_MODEL": str(folder),
-            "LORAMILL_QUEUE_URL": queue.url,
-            "LORAMILL_CACHE_DIR": str(tmp_path / "cache"),
-            "LORAMILL_CUSTOM_CODE": "true",
-        }
-        with mill.worker(*arguments, **said | environ) as worker:
-            worker.queue = queue
-            if ready:
-                worker.wait_ready()
-            yield worker
-
-    return serving
+README = Path(__file__).parents[2] / "README.md"
 
 
 def results(mill, worker: Process, **fields) -> list[dict]:
@@ -73,7 +52,7 @@ def results(mill, worker: Process, **fields) -> list[dict]:
 
 
 def test_adaptecho_runs_as_it_does_in_djl_serving(serve, mill) -> None:
-    with serve("adaptecho") as worker:
+    with serve(MODELS / "adaptecho") as worker:
         assert asked(worker, b"text") == (200, b"text")
         assert asked(worker, b"text", "/predictions/adaptecho") == (200, b"text")
         assert asked(worker, b"text", adapter="unknown") == (200, b"dynunknowntext")
@@ -116,16 +95,20 @@ def test_adaptecho_runs_as_it_does_in_djl_serving(serve, mill) -> None:
         assert told(worker, "DELETE", "/adapters/myBuiltinAdapter")[0] == 409
 
 
-def test_a_registered_adapter_outlives_the_worker_and_one_in_s3_comes_as_a_folder(serve, mill) -> None:
+def test_a_registered_adapter_outlives_the_worker_and_one_in_s3_comes_as_a_folder(
+    serve, mill, tmp_path
+) -> None:
+    mill.upload(MODELS / "adaptecho", "models/adaptecho/")
+    cache = {"LORAMILL_CACHE_DIR": str(tmp_path)}
     mill.s3.put_object(Bucket=BUCKET, Key="handlers/a/adapter.txt", Body=b"x")
-    with serve("adaptecho") as worker:
+    with serve(f"s3://{BUCKET}/models/adaptecho/", **cache) as worker:
         src = f"s3://{BUCKET}/handlers/a/"
         assert told(worker, "POST", "/adapters", name="a", src=src, echooption="-")[0] == 200
         version = told(worker, "GET", "/adapters/a")[1]["version"]
         assert len(version) == 64
         worker.popen.terminate()
         assert worker.end() == 0
-    with serve("adaptecho") as worker:
+    with serve(f"s3://{BUCKET}/models/adaptecho/", **cache) as worker:
         assert asked(worker, b"text", adapter="a") == (200, b"a-text")
         (line,) = results(mill, worker, inputs="row", adapters="a")
         assert line["adapter_version"] == version
@@ -134,7 +117,7 @@ def test_a_registered_adapter_outlives_the_worker_and_one_in_s3_comes_as_a_folde
 
 
 def test_echo_and_its_stream_and_what_goes_wrong(serve) -> None:
-    with serve("echo") as worker:
+    with serve(MODELS / "echo") as worker:
         answer, said = call(worker, "POST", "/invocations", b"hi", {"Content-Type": "text/x-odd"})
         assert (answer.status, answer.headers["Content-Type"], said) == (200, "text/x-odd", b"hi")
         answer, said = call(worker, "POST", "/invocations", b"", stream="true")
@@ -161,17 +144,22 @@ def test_echo_and_its_stream_and_what_goes_wrong(serve) -> None:
 def test_arrays_go_in_and_out(serve) -> None:
     file = io.BytesIO()
     np.savez(file, np.ones((2, 2), "float32"))
-    with serve("arrays") as worker:
+    with serve(MODELS / "arrays") as worker:
         status, said = asked(worker, file.getvalue(), npz="1")
         assert status == 200
         with np.load(io.BytesIO(said)) as found:
             np.testing.assert_array_equal(found["arr_0"], np.ones((2, 2), "float32"))
 
 
-def test_rows_get_what_the_handler_answers_and_only_the_bad_ones_fail(serve, mill) -> None:
+@pytest.fixture(scope="module")
+def unruly(serve):
+    with serve(MODELS / "unruly", LORAMILL_PREDICT_TIMEOUT_SECONDS="3") as worker:
+        yield worker
+
+
+def test_rows_get_what_the_handler_answers_and_only_the_bad_ones_fail(unruly, mill) -> None:
     rows = ["plain", "generated", "binary", "crash", "nothing", "teapot", "starve", "broken_stream", "ready"]
-    with serve("unruly", LORAMILL_PREDICT_TIMEOUT_SECONDS="20") as worker:
-        lines = {row: line for row, line in zip(rows, results(mill, worker, inputs=rows), strict=True)}
+    lines = dict(zip(rows, results(mill, unruly, inputs=rows), strict=True))
     texts = {row: line["generated_text"] for row, line in lines.items() if line["error"] is None}
     assert (texts["plain"], texts["generated"], texts["nothing"]) == ("PLAIN", "well said", "")
     assert json.loads(texts["ready"])["beside"] == "from beside"
@@ -187,19 +175,30 @@ def test_rows_get_what_the_handler_answers_and_only_the_bad_ones_fail(serve, mil
     assert "SIGSEGV" in lines["crash"]["error"]["message"]
 
 
-def test_a_handler_that_never_answers_is_replaced(serve) -> None:
-    with serve("unruly", LORAMILL_PREDICT_TIMEOUT_SECONDS="1") as worker:
-        status, said = asked(worker, b"", how="loop")
-        assert status == 424
-        assert "did not answer within 1 s" in json.loads(said)["error"]
-        answer, said = call(worker, "POST", "/invocations", b"", how="bad_header")
-        assert (answer.status, said, answer.headers["X-Split"]) == (200, b"fine", None)
-        assert asked(worker, b"", how="nonsense")[0] == 424
-        assert asked(worker, b"", how="after") == (200, b"AFTER")
+def test_rows_that_a_handler_cannot_have_are_refused(unruly, mill) -> None:
+    (scored,) = results(mill, unruly, inputs="text", task="score")
+    assert scored["error"]["code"] == "invalid_line"
+    (adapted,) = results(mill, unruly, inputs="text", adapters="mine", parameters={"max_new_tokens": 3})
+    assert adapted["error"]["code"] == "adapter_not_found"  # LoRA is off
+
+
+def test_a_handler_that_never_answers_is_replaced(unruly) -> None:
+    status, said = asked(unruly, b"", how="loop")
+    assert status == 424
+    assert "did not answer within 3 s" in json.loads(said)["error"]
+    answer, said = call(unruly, "POST", "/invocations", b"", how="bad_header")
+    assert (answer.status, said, answer.headers["X-Split"]) == (200, b"fine", None)
+    assert asked(unruly, b"", how="nonsense")[0] == 424
+    assert asked(unruly, b"", how="nothing") == (204, b"")
+    answer, said = call(unruly, "POST", "/invocations", b"", how="teapot")
+    assert (answer.status, answer.reason, answer.headers["X-Kind"]) == (418, "short and stout", "odd")
+    with pytest.raises(http.client.IncompleteRead):
+        asked(unruly, b"", how="broken_stream")
+    assert asked(unruly, b"", how="after") == (200, b"AFTER")
 
 
 def test_sigterm_lets_the_call_under_way_end(serve, mill) -> None:
-    with serve("unruly") as worker:
+    with serve(MODELS / "unruly") as worker:
         worker.queue.send(id="drained", output={"uri": PREFIX}, inputs=["slow"] * 8)
         wait_until(lambda: worker.metric("loramill_rows_in_flight") > 0, "rows at work")
         worker.popen.send_signal(signal.SIGTERM)
@@ -211,19 +210,52 @@ def test_a_worker_whose_handler_does_not_start_ends_aloud(serve, tmp_path: Path)
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "model.py").write_text("def handle(inputs):\n    raise ValueError('no weights here')\n")
-    with serve("broken", ready=False) as worker:
+    with serve(folder, ready=False) as worker:
         assert worker.end() == 1
         assert "no weights here" in worker.text
 
 
-def test_code_runs_only_when_it_is_enabled(serve, base, tmp_path: Path) -> None:
-    folder = tmp_path / "quiet"
-    shutil.copytree(base, folder)
+def test_code_runs_only_when_it_is_enabled(serve, tmp_path: Path) -> None:
+    folder = tiny.make_base(tmp_path / "quiet")
     (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with serve("quiet", LORAMILL_CUSTOM_CODE="false") as worker:
+    with serve(folder, LORAMILL_CUSTOM_CODE="false") as worker:
         assert "the model comes with a handler, which is not run: custom_code is off" in worker.said()
         assert call(worker, "POST", "/invocations", b"{}")[0].status == 404
     assert not (tmp_path / "ran").exists()
-    with serve("adaptecho", ready=False, LORAMILL_CUSTOM_CODE="false") as worker:
+    with serve(MODELS / "adaptecho", ready=False, LORAMILL_CUSTOM_CODE="false") as worker:
         assert worker.end() == 2
         assert "entry_point" in worker.text
+
+
+def test_the_handler_of_the_readme_answers_as_it_says(serve, mill, tmp_path: Path) -> None:
+    text = README.read_text()
+    folder = tmp_path / "shout"
+    folder.mkdir()
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "djl_python" in block
+    ]
+    (folder / "model.py").write_text(code)
+    shell = next(
+        block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "/predictions/shout" in block
+    )
+    expected = [
+        {"status": "Adapter loud registered, and marked"},
+        {"generated_text": "HELLO!"},
+        {"generated_text": "HELLO."},
+        {"status": "Adapter loud unregistered"},
+    ]
+    with serve(folder, LORAMILL_ENABLE_LORA="true") as worker:
+        commands = [shlex.split(line) for line in shell.splitlines() if line.startswith("curl")]
+        found = [json.loads(curl(worker, words)) for words in commands]
+        assert found == expected
+        (line,) = results(mill, worker, inputs="hello")
+        assert line["generated_text"] == "HELLO."
+
+
+def curl(worker: Process, words: list[str]) -> bytes:
+    """What the command would print."""
+    options = {flag: words[words.index(flag) + 1] for flag in ("-X", "-H", "-d") if flag in words}
+    (url,) = [word for word in words if word.startswith("$api")]
+    name, _, value = options.get("-H", "").partition(": ")
+    headers = {name: value} if name else {}
+    return call(worker, options["-X"], url.removeprefix("$api"), options.get("-d", "").encode(), headers)[1]
