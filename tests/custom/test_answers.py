@@ -5,8 +5,8 @@ import json
 import pytest
 
 from worker.custom.answers import Answer, failure, merged, parted
-from worker.custom.djl_python import Input, Output, PairList, encode_decode
 from worker.custom.messages import MAX_MESSAGE_BYTES, Call, Head, frame, length_of
+from worker.custom.package.djl_python import Input, Output, PairList, encode_decode
 from worker.custom.rows import request_of, text_of
 from worker.errors import HandlerRefusedRow, InvalidLine, OutOfMemory
 from worker.jobs import ChatMessage, Row, SamplingParams, Task

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.custom.conftest import MODELS, ask, handler_of
-from worker.custom.djl_python import Input
-from worker.custom.djl_python.np_util import from_nd_list, to_nd_list
+from worker.custom.package.djl_python import Input
+from worker.custom.package.djl_python.np_util import from_nd_list, to_nd_list
 from worker.errors import HandlerDied, ModelError
 
 UNRULY = MODELS / "unruly"
@@ -229,11 +229,48 @@ def test_adapters_are_told_again_to_a_new_process() -> None:
             handler.remember("a", call)
             assert handler._process is not None
             await handler._process.kill()
-            with pytest.raises(HandlerDied):
-                await ask(handler, b"x", adapter="a")
             return (await ask(handler, b"x", adapter="a")).body
 
     assert run(play()) == b"a-opt-x"
+
+
+def test_urgent_calls_go_first_but_not_for_ever(tmp_path) -> None:
+    (tmp_path / "model.py").write_text(
+        "from djl_python import Output\nseen = []\n"
+        "def handle(inputs):\n"
+        "    if inputs.is_empty():\n        return None\n"
+        "    seen.append(inputs.get_as_string())\n"
+        "    return Output().add_as_json(seen)\n"
+    )
+
+    async def play():
+        async with handler_of(tmp_path) as handler:
+            rows = [handler.call("handle", {}, (("data", b"row"),), urgent=False) for _ in range(2)]
+            requests = [ask(handler, b"request") for _ in range(20)]
+            await asyncio.gather(*rows, *requests)
+            return json.loads((await ask(handler, b"last")).body)
+
+    seen = run(play())
+    assert [number for number, what in enumerate(seen) if what == "row"] == [16, 21]
+
+
+def test_processes_that_the_handler_starts_find_djl_python(tmp_path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import subprocess, sys, multiprocessing\n"
+        "from djl_python import Output\n"
+        "from djl_python.inputs import Input\n"
+        "def inner(number):\n    return str(number + 1)\n"
+        "def handle(inputs: Input):\n"
+        "    if inputs.is_empty():\n        return None\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        return Output().add(pool.map(inner, [1])[0])\n"
+    )
+
+    async def play():
+        async with handler_of(tmp_path) as handler:
+            return (await ask(handler)).body
+
+    assert run(play()) == b"2"
 
 
 def test_an_adapter_that_ends_every_new_process_is_not_told_again() -> None:

@@ -16,6 +16,7 @@ from worker.errors import EngineFailed, HandlerBusy, HandlerDied, ModelError
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1000
+PASSES = 16
 _STARTS = 4
 """Tries to start a process again before the worker gives up."""
 _PAUSE_SECONDS = 1.0
@@ -62,6 +63,9 @@ class CustomHandler:
         self._told: dict[str, Call] = {}
         """By adapter, what a new process must be told."""
         self._waiting: deque[_Waiting] = deque()
+        self._urgent: deque[_Waiting] = deque()
+        self._passes = 0
+        """Urgent calls that went first since one that is not had its turn."""
         self._some = asyncio.Event()
         self._ended = False
         self.missing: tuple[str, ...] = ()
@@ -95,18 +99,21 @@ class CustomHandler:
         """Raise EngineFailed when the handler cannot be started any more."""
         await asyncio.shield(self._running)
 
-    async def call(self, function: str, properties: Mapping[str, str], content: Content) -> Answer:
+    async def call(
+        self, function: str, properties: Mapping[str, str], content: Content, *, urgent: bool = True
+    ) -> Answer:
         """What a function of the handler answers; a failure of its own is an answer too.
 
-        Raises HandlerDied when the process ended at this call or was too slow, and HandlerBusy.
+        Of what waits, what is urgent goes first, PASSES calls at most before one that is not. Raises
+        HandlerDied when the process ended at this call or was too slow, and HandlerBusy.
         """
         if self._ended:
             raise HandlerDied("the handler has been stopped")
-        if len(self._waiting) >= MAX_WAITING:
+        if urgent and len(self._urgent) >= MAX_WAITING:
             raise HandlerBusy(f"{MAX_WAITING} calls wait for the custom handler")
         call = Call(function, {"requestId": uuid.uuid4().hex, **properties}, content)
         waiting = _Waiting(call, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        (self._urgent if urgent else self._waiting).append(waiting)
         self._some.set()
         return await waiting.future
 
@@ -126,46 +133,59 @@ class CustomHandler:
                 calls = self._next()
                 if calls:
                     await self._serve(calls)
-                elif not self._waiting:
+                elif not self._waiting and not self._urgent:
                     self._some.clear()
         except Exception as error:
             self._end(HandlerDied(f"the handler cannot be started: {error}"))
             raise
 
     def _next(self) -> list[_Waiting]:
-        """The call that has waited longest, and those behind it that may go with it."""
+        """The call whose turn it is, and those behind it that may go with it."""
+        line = (
+            self._urgent if self._urgent and (not self._waiting or self._passes < PASSES) else self._waiting
+        )
         taken: list[_Waiting] = []
-        while self._waiting and len(taken) < self._batch_size:
-            first = self._waiting[0]
+        while line and len(taken) < self._batch_size:
+            first = line[0]
             if first.future.done():  # whoever waited has gone
-                self._waiting.popleft()
+                line.popleft()
             elif first.call.function == self.function or not taken:
-                taken.append(self._waiting.popleft())
+                taken.append(line.popleft())
                 if first.call.function != self.function:
                     break
             else:
                 break
+        self._passes = self._passes + len(taken) if line is self._urgent else 0
         return taken
 
     async def _serve(self, calls: list[_Waiting]) -> None:
         try:
-            if self._process is None:
-                await self._start_again()
+            died = await self._try(calls)
+            if died is not None and len(calls) == 1:
+                _settle_all(calls, died)
+            elif died is not None:
+                for one in calls:
+                    if not one.future.done():
+                        await self._serve([one])
+        except BaseException as error:
+            _settle_all(calls, HandlerDied(str(error) or "the handler has been stopped"))
+            raise
+
+    async def _try(self, calls: list[_Waiting]) -> HandlerDied | None:
+        """Make calls together; returns what the process died of, if it did. Raises EngineFailed."""
+        if self._process is None or self._process.has_ended:  # it may die between calls, too
+            await self._bury()
+            await self._start_again()
+        try:
             async with _within(self._call_seconds, "the handler did not answer"):
                 await self._ask(calls)
         except HandlerDied as error:
             logger.warning("the custom handler has ended: %s", error, extra={"calls": len(calls)})
             await self._bury()
-            if len(calls) == 1:
-                _settle_all(calls, error)
-                return
-            for one in calls:
-                await self._serve([one])
+            return error
         except ValueError as error:  # too long to be sent
             _settle_all(calls, Answer(failure(str(error), 413, "request too large")))
-        except BaseException as error:
-            _settle_all(calls, HandlerDied(str(error) or "the handler has been stopped"))
-            raise
+        return None
 
     async def _ask(self, calls: list[_Waiting]) -> None:
         assert self._process is not None
@@ -283,8 +303,9 @@ class CustomHandler:
     def _end(self, error: HandlerDied) -> None:
         """Nobody will be answered any more."""
         self._ended = True
-        while self._waiting:
-            _settle(self._waiting.popleft().future, error)
+        for line in (self._urgent, self._waiting):
+            while line:
+                _settle(line.popleft().future, error)
 
 
 @contextlib.asynccontextmanager

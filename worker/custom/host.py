@@ -1,4 +1,4 @@
-"""The handler's own process: `python -m worker.custom.host FD PID`, with a socket to the worker at FD.
+"""The handler's own process, which `worker.custom.process` starts with a socket to the worker.
 
 It loads the handler and calls its functions, one after the other, until the worker closes the socket.
 """
@@ -15,12 +15,11 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from worker.custom import djl_python
-from worker.custom.djl_python import Input, Output, encode_decode, inputs, np_util, outputs, pair_list
 from worker.custom.messages import (
     LENGTH_BYTES,
     Begin,
@@ -35,10 +34,14 @@ from worker.custom.messages import (
     length_of,
     read_to_handler,
 )
+from worker.custom.package import djl_python
+from worker.custom.package.djl_python import Input, Output, encode_decode, inputs, np_util, outputs, pair_list
 
 logger = logging.getLogger("djl_python")
 
 ADAPTER_FUNCTIONS = ("register_adapter", "update_adapter", "unregister_adapter")
+PACKAGE = Path(djl_python.__file__).parents[1]
+"""On PYTHONPATH, so that processes which the handler starts find `djl_python` too."""
 _STARVED = ("CUDA error: out of memory", "No available memory for the cache blocks")
 _STARVED_TYPES = ("OutOfMemoryError", "MemoryError")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -168,9 +171,9 @@ _MOST_SAID = 10_000
 
 def take_the_name_djl_python() -> None:
     """From now on in this process, `djl_python` is ours, also where another one is installed."""
-    with contextlib.suppress(ImportError, ValueError):
-        if importlib.util.find_spec("djl_python") is not None:
-            logger.warning("the djl_python that is installed here is not used: handlers get loramill's")
+    elsewhere = [path for path in sys.path if Path(path) != PACKAGE]
+    if PathFinder.find_spec("djl_python", elsewhere) is not None:
+        logger.warning("the djl_python that is installed here is not used: handlers get loramill's")
     sys.modules["djl_python"] = djl_python
     for module in (encode_decode, inputs, np_util, outputs, pair_list):
         sys.modules[f"djl_python.{module.__name__.rpartition('.')[2]}"] = module
@@ -232,7 +235,3 @@ def _die_with(worker_pid: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     if os.getppid() != worker_pid:
         sys.exit("the worker is gone")  # before we could ask
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

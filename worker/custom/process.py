@@ -29,7 +29,14 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 16 << 10
 _GOODBYE_SECONDS = 5.0
 _ROOT = str(Path(__file__).parents[2])
-"""Where the host is found, whatever else the handler imports."""
+_MAIN = """
+import sys
+if sys.argv[1] not in sys.path:
+    sys.path.append(sys.argv[1])  # behind the standard library: it may be where packages are installed
+from worker.custom.host import main
+main(*map(int, sys.argv[2:]))
+"""
+_PACKAGE = str(Path(__file__).parent / "package")
 _PRIVATE = "LORAMILL_"
 """Variables that begin like this are the worker's own; a token is among them."""
 
@@ -59,7 +66,7 @@ class HandlerProcess:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "worker.custom.host", str(theirs.fileno()), str(os.getpid())),
+                *(sys.executable, "-P", "-c", _MAIN, _ROOT, str(theirs.fileno()), str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -86,6 +93,10 @@ class HandlerProcess:
             return handler, loaded
         await handler.kill()
         raise HandlerDied("the handler's process said something else than that it was loaded")
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.done()
 
     async def send(self, message: ToHandler) -> None:
         self._writer.write(frame(message))
@@ -146,7 +157,7 @@ class HandlerProcess:
 def _environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The worker's variables but its own settings."""
     kept = {name: value for name, value in environ.items() if not name.startswith(_PRIVATE)}
-    paths = [_ROOT, *filter(None, [kept.get("PYTHONPATH")])]
+    paths = [_PACKAGE, *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 

@@ -14,13 +14,11 @@ from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
 from worker.errors import (
     AdapterNotFound,
-    HandlerBusy,
     HandlerDied,
     HandlerRefusedRow,
     InvalidLine,
     OutOfMemory,
     RowError,
-    RowFailed,
 )
 from worker.flow import FlowControl
 from worker.jobs import FinishReason, Row, RowResult, SamplingParams, Task
@@ -77,12 +75,10 @@ class HandlerRows(RowRunner):
         if row.adapter is not None and self._known is None:
             raise AdapterNotFound(f"Adapter {row.adapter} cannot be used: LoRA is not enabled")
         try:
-            answer = await self._handler.call(self._handler.function, *request_of(row))
+            answer = await self._handler.call(self._handler.function, *request_of(row), urgent=False)
             return answer, await answer.read()
         except HandlerDied as error:
             raise HandlerRefusedRow(str(error)) from error
-        except HandlerBusy as error:
-            raise RowFailed(str(error)) from error
 
 
 def request_of(row: Row) -> tuple[dict[str, str], Content]:

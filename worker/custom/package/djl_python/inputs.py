@@ -5,8 +5,8 @@ import io
 import json
 from typing import Any
 
-from worker.custom.djl_python.np_util import from_nd_list
-from worker.custom.djl_python.pair_list import PairList
+from worker.custom.package.djl_python.np_util import from_nd_list
+from worker.custom.package.djl_python.pair_list import PairList
 
 _PREFIX = "batch_"
 _DIGITS = 3

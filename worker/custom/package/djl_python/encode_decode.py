@@ -5,8 +5,8 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from worker.custom.djl_python.inputs import Input
-from worker.custom.djl_python.outputs import Output
+from worker.custom.package.djl_python.inputs import Input
+from worker.custom.package.djl_python.outputs import Output
 
 _COLUMNS = ("question", "context", "inputs")
 

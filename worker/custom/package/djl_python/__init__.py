@@ -3,8 +3,8 @@
 Nothing here imports the rest of the worker: it runs in the handler's own process.
 """
 
-from worker.custom.djl_python.inputs import Input
-from worker.custom.djl_python.outputs import Output
-from worker.custom.djl_python.pair_list import PairList
+from worker.custom.package.djl_python.inputs import Input
+from worker.custom.package.djl_python.outputs import Output
+from worker.custom.package.djl_python.pair_list import PairList
 
 __all__ = ["Input", "Output", "PairList"]

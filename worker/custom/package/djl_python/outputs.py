@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from worker.custom.djl_python.np_util import to_nd_list
-from worker.custom.djl_python.pair_list import PairList
+from worker.custom.package.djl_python.np_util import to_nd_list
+from worker.custom.package.djl_python.pair_list import PairList
 
 logger = logging.getLogger("djl_python")
 
