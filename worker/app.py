@@ -148,7 +148,9 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         else:
             if mirror is not None:
                 owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
-            side = await _handler_side(settings, objects, stack, keeper, owned=owned, custom=custom)
+            side = await _handler_side(
+                settings, objects, stack, keeper, owned=owned, custom=custom, exporter=exporter
+            )
             requests.handler = custom
         if signals.stop.is_set():
             return
@@ -261,6 +263,7 @@ async def _handler_side(
     *,
     owned: set[asyncio.Task[None]],
     custom: CustomHandler,
+    exporter: Exporter,
 ) -> _Side:
     """A custom handler in the engine's place."""
 
@@ -280,7 +283,8 @@ async def _handler_side(
         max_tokens=settings.in_flight_rows,  # no row of a handler's counts any
         max_bytes=settings.max_in_flight_bytes,
     )
-    return _Side(HandlerRows(custom, adapters, flow), adapters, custom.wait, lambda: None)
+    rows = HandlerRows(custom, adapters, flow)
+    return _Side(rows, adapters, custom.wait, lambda: exporter.handler(custom.num_restarts))
 
 
 def build_core(settings: Settings, weights: str) -> Core:

@@ -129,6 +129,9 @@ class Metrics:
         self.heartbeat_lag = gauge(
             "loramill_heartbeat_lag_seconds", "How late the last heartbeat began: a blocked event loop."
         )
+        self.handler_restarts = counter(
+            "loramill_handler_restarts", "Processes of a custom handler that had to be started again."
+        )
         self.ready = gauge("loramill_ready", "1 while the worker takes messages.")
         # A counter that is there from the start has a rate from its first event on.
         for metric, values in (

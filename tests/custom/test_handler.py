@@ -3,14 +3,18 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.custom.conftest import MODELS, ask, handler_of
+from tests.e2e.conftest import wait_until
 from worker.custom.package.djl_python import Input
 from worker.custom.package.djl_python.np_util import from_nd_list, to_nd_list
-from worker.errors import HandlerDied, ModelError
+from worker.errors import EngineFailed, HandlerDied, ModelError
 
 UNRULY = MODELS / "unruly"
 
@@ -287,6 +291,61 @@ def test_an_adapter_that_ends_every_new_process_is_not_told_again() -> None:
             return (await ask(handler, how="after")).body
 
     assert run(play()) == b"AFTER"
+
+
+def test_a_handler_that_does_not_start_again_ends_the_worker(tmp_path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import os, pathlib\n"
+        "def handle(inputs):\n"
+        "    if not inputs.is_empty():\n        os._exit(9)\n"
+        "    pathlib.Path('began').mkdir()\n"
+    )
+    pauses = []
+
+    async def no_sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def play():
+        async with handler_of(tmp_path, sleep=no_sleep) as handler:
+            calls = [asyncio.create_task(ask(handler)) for _ in range(3)]
+            with pytest.raises(EngineFailed, match="File exists: 'began'"):
+                await handler.wait()
+            return await asyncio.gather(*calls, ask(handler), return_exceptions=True)
+
+    outcomes = run(play())
+    assert [type(outcome) for outcome in outcomes] == [HandlerDied] * 4
+    assert pauses == [1, 2, 4]
+
+
+_ORPHAN = """
+import asyncio, sys
+from pathlib import Path
+from tests.custom.conftest import ask, handler_of
+
+async def play():
+    async with handler_of(Path(sys.argv[1])) as handler:
+        print(handler._process._process.pid, flush=True)
+        await ask(handler, how="loop")
+
+asyncio.run(play())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel has to do it")
+def test_a_handler_dies_with_its_worker_even_in_an_endless_loop() -> None:
+    command = [sys.executable, "-c", _ORPHAN, str(UNRULY)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        worker.kill()
+
+    def is_alive() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    wait_until(lambda: not is_alive(), f"the end of {pid}")
 
 
 def test_a_caller_that_leaves_costs_nobody_else() -> None:

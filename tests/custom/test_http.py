@@ -94,6 +94,14 @@ def test_not_ready_and_too_busy_are_503(monkeypatch: pytest.MonkeyPatch) -> None
     assert said["message"] == "1000 calls wait for the custom handler"
 
 
+def test_a_header_that_was_said_twice_is_sent_once() -> None:
+    async def play():
+        async with served() as (client, _), client.post("/invocations?how=twice") as answer:
+            return answer.status, answer.headers.getall("Content-Type")
+
+    assert asyncio.run(play()) == (404, ["application/json"])
+
+
 def test_a_page_in_a_browser_may_not_ask() -> None:
     status, said = ask({"Origin": "https://evil.example"})
     assert status == 403

@@ -195,6 +195,7 @@ def test_a_handler_that_never_answers_is_replaced(unruly) -> None:
     with pytest.raises(http.client.IncompleteRead):
         asked(unruly, b"", how="broken_stream")
     assert asked(unruly, b"", how="after") == (200, b"AFTER")
+    wait_until(lambda: unruly.metric("loramill_handler_restarts_total") >= 2, "the metric")
 
 
 def test_sigterm_lets_the_call_under_way_end(serve, mill) -> None:

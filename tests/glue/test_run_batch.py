@@ -339,3 +339,12 @@ def test_help_names_the_flags_that_mean_something_here(cli):
         assert f" {flag} " in text, flag
     for flag in ("--adapters-dir", "--queue-url", "--output-prefixes", "--http-port", "--sync", "--drain"):
         assert flag not in text, flag
+
+
+def test_a_model_whose_handler_would_answer_is_refused(engine, cli, tmp_path, monkeypatch):
+    (tmp_path / "model" / "model.py").write_text("raise AssertionError('it was run')\n")
+    monkeypatch.setenv("LORAMILL_CUSTOM_CODE", "true")
+    done = cli()
+    assert done.exit_code == 2
+    assert "custom_code: run-batch has only the engine" in done.output
+    assert engine.loaded == 0

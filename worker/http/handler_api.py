@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from urllib.parse import parse_qsl
 
 from aiohttp import BodyPartReader, web
+from multidict import CIMultiDict
 
 from worker.custom.answers import Answer, failure
 from worker.custom.handler import CustomHandler
@@ -153,9 +154,9 @@ def _limit(length: int) -> None:
         raise Refused(413, f"The body is too large; it may have {MAX_REQUEST_BYTES} bytes")
 
 
-def _headers(found: Answer) -> dict[str, str]:
-    """Its properties, but those that are no header or not the handler's to say."""
-    kept = {}
+def _headers(found: Answer) -> CIMultiDict[str]:
+    """Its properties, but those that are no header or the server's to say; of one said twice the last."""
+    kept: CIMultiDict[str] = CIMultiDict()
     for name, value in found.properties.items():
         if not _NAME.fullmatch(name) or _CONTROL.search(value):
             logger.warning("the handler's property is no header", extra={"property": name[:100]})

@@ -89,6 +89,10 @@ def bad_header(inputs):
     return Output().add_property("a b", "c").add_property("X-Split", "a\r\nSet-Cookie: b").add("fine")
 
 
+def twice(inputs):
+    return Output().add_property("Content-Type", "text/plain").error("why", code=404)
+
+
 def no_json(inputs):
     return Output().add({"value": Odd()})
 
