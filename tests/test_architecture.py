@@ -37,7 +37,8 @@ FLOORS = [
     },
     {
         "worker.adapter_info", "worker.adapter_room", "worker.adapters", "worker.bridge",
-        "worker.client", "worker.commit", "worker.cutting", "worker.doctor", "worker.files", "worker.flow",
+        "worker.client", "worker.commit", "worker.custom", "worker.cutting", "worker.doctor", "worker.files",
+        "worker.flow",
         "worker.folder_view", "worker.follow", "worker.http", "worker.in_order", "worker.inputs",
         "worker.intake", "worker.model_source", "worker.progress", "worker.redrive", "worker.registry",
         "worker.residents", "worker.rows", "worker.runner", "worker.splitter", "worker.spool", "worker.stats",
@@ -47,8 +48,8 @@ FLOORS = [
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
-        "worker.app", "worker.cli", "worker.demo", "worker.messages", "worker.options", "worker.shelf",
-        "worker.show_progress", "worker.sources",
+        "worker.app", "worker.cli", "worker.core", "worker.demo", "worker.messages", "worker.options",
+        "worker.shelf", "worker.show_progress", "worker.sides", "worker.sources",
         "worker.local_progress", "worker.local_rows", "worker.run_batch",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",
     },
@@ -66,7 +67,7 @@ FORBIDDEN = {
     "worker.engine": AWS | {"asyncio", "aiohttp", "prometheus_client"},
     "worker.transport": TORCH | {"prometheus_client"},
     "worker.metrics": AWS | TORCH | {"asyncio", "aiohttp"},
-    **dict.fromkeys(("worker.http", "worker.registry", "worker.residents"), AWS | TORCH),
+    **dict.fromkeys(("worker.custom", "worker.http", "worker.registry", "worker.residents"), AWS | TORCH),
     **{
         module: AWS | TORCH | {"asyncio", "aiohttp", "prometheus_client"}
         for module in FLOORS[0]

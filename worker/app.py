@@ -2,78 +2,31 @@
 
 import asyncio
 import logging
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import NamedTuple
 
-import torch
-import transformers
 from prometheus_client import CollectorRegistry
 
-from adapters_sync.inventory import Limits
-from adapters_sync.layout import BaseModel as AdapterBase
-from adapters_sync.layout import MirrorPaths, write_base_model
-from adapters_sync.metrics import SyncMetrics
-from adapters_sync.options import MirrorOptions
-from adapters_sync.reconcile import Mirror, open_mirror
-from worker.adapters import AdapterDirectory
-from worker.bridge import Bridge
-from worker.engine.adapter import Target
-from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.adapter_tokenizers import AdapterTokenizers
-from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
-from worker.engine.discovery import foresee
-from worker.engine.engine import Engine
-from worker.engine.kernels.tilings import Tuner
-from worker.engine.limits import EngineLimits
-from worker.engine.lora_layers import measure_costs
-from worker.engine.lora_store import LoRAStore
-from worker.engine.merging import LoRAMode
-from worker.engine.model_runner import ModelRunner
-from worker.engine.products import product_dtype
-from worker.errors import LoramillError, SettingsError
-from worker.flow import FlowControl
 from worker.http.adapters_api import AdaptersApi
-from worker.http.generation import CallLimits, Generation
 from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
 from worker.intake import Intake
 from worker.messages import open_messages
 from worker.metrics import Metrics
-from worker.model_source import fetch_weights, remote_properties
-from worker.registry import AdapterRegistry
-from worker.rows import RowRunner
-from worker.runner import names_of
+from worker.model_source import remote_properties
 from worker.settings import Settings, notes
-from worker.shelf import VersionShelf
+from worker.sides import Place, custom_handler, engine_side, handler_side, open_mirror_of
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
 from worker.workflow_files import fetch_workflow
-from worker.workflows import Workflows
 
 logger = logging.getLogger(__name__)
 
 _EXPORT_SECONDS = 1.0
 _LAST_POLL_SECONDS = 2.0
-_CACHES_AHEAD = 4
-"""How often the tokens at work may fill the KV cache; few rows generate as much as they may."""
-
-
-class Core(NamedTuple):
-    """The part with torch in it."""
-
-    base: BaseModel
-    engine: Engine
-    store: LoRAStore
-    tokenizers: AdapterTokenizers
-    targets: Mapping[str, Target]
-    """What adapters may name."""
-    cache_tokens: int
-    """That the KV cache has room for."""
 
 
 async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
@@ -107,59 +60,30 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         apis = Apis(adapters=api, calls=calls, workflows=chains, metrics=metrics)
         await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
         messages = await stack.enter_async_context(open_messages(settings, clients))
-        mirror = await stack.enter_async_context(_mirror(settings))
+        mirror = await stack.enter_async_context(open_mirror_of(settings))
         owned = await stack.enter_async_context(_owned_tasks())
-        weights = await fetch_weights(settings, objects, _logging_bytes())
-        if mirror is not None:
-            # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
-            await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
-            owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
-        core = await asyncio.to_thread(build_core, settings, weights)
-        await asyncio.to_thread(_tell_mirrors, settings, core.targets)
+        place = Place(settings, objects, registry, exporter, owned, calls, chains)
+        custom = await custom_handler(settings, objects, properties)
+        if custom is None:
+            side = await engine_side(place, stack, mirror)
+        else:
+            side = await handler_side(place, stack, mirror, custom)
         if signals.stop.is_set():
             return
-
-        bridge = await stack.enter_async_context(
-            Bridge(
-                core.engine,
-                core.store,
-                exporter.step,
-                on_row=exporter.row,
-                max_passed_over=settings.max_passed_over,
-            )
-        )
-        api.registry = registered = await _registered(settings, bridge, owned)
-        chains.workflows = workflows = await _workflows(settings, registered, objects)
-        calls.is_workflow = workflows.knows
-        adapters = AdapterDirectory(
-            settings.adapters_path if settings.lora_enabled else None,
-            settings.adapter_wait_seconds,
-            on_missing=mirror.wake if mirror is not None else lambda: None,
-            registered=registered.find if registered is not None else lambda _: None,
-        )
-        rows = RowRunner(
-            bridge,
-            core.base.tokenizer,
-            adapters,
-            flow_of(settings, core),
-            own_tokenizer=core.tokenizers.of,
-            workflow=workflows.find,
-        )
-        calls.models[settings.model_name] = _generation(settings, rows)
+        rows, api.registry = side.rows, side.registry
         intake = None if messages is None else messages.intake(rows, objects, metrics)
 
         def export() -> None:
             if messages is not None:
                 exporter.leases(messages.keeper.stats, messages.keeper.lag)
-            exporter.store(core.store.stats())
-            exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
+            side.export()
             metrics.rows_in_flight.set(rows.in_flight)
 
         if messages is not None:
             owned.add(asyncio.create_task(messages.keeper.wait(), name="leases"))
         idleness = _watch_idleness(intake, calls, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
-            asyncio.create_task(bridge.wait(), name="engine"),
+            asyncio.create_task(_awaited(side.wait), name="engine"),
             asyncio.create_task(_export(export), name="export"),
             asyncio.create_task(idleness, name="idleness"),
         }
@@ -167,126 +91,6 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         metrics.ready.set_function(lambda: 0 if not_ready() else 1)
         logger.info("ready", extra={"queue": settings.queue_url})
         await _serve(intake, calls, owned, signals, settings.drain_timeout_seconds)
-
-
-def build_core(settings: Settings, weights: str) -> Core:
-    """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
-    device = resolve_device(settings.device)
-    base = load_base_model(
-        weights,
-        device=device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        trust_remote_code=settings.trust_remote_code,
-        rope_factors=settings.rope_factors,
-    )
-    auto = settings.lora_dtype == "auto"
-    dtype = product_dtype(base.dtype, device) if auto else getattr(torch, settings.lora_dtype)
-    limits = EngineLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
-        max_lora_rank=settings.max_lora_rank,
-        lora_dtype=dtype,
-        rope=base.rope,
-        lora_mode=LoRAMode(settings.lora_mode),
-        lora_extra_vocab_size=settings.lora_extra_vocab_size,
-    )
-    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
-    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
-    tokenizers = AdapterTokenizers()
-    store = LoRAStore(
-        AdapterLoader(
-            runner.targets,
-            max_lora_rank=settings.max_lora_rank,
-            dtype=dtype,
-            pin=device.type == "cuda",
-            rope=base.rope,
-            lora_extra_vocab_size=settings.lora_extra_vocab_size,
-            base_dtype=base.dtype,
-            base_rows=runner.base_rows,
-            tokenizers=tokenizers.read,
-        ),
-        settings.cpu_loras,
-        settings.max_cpu_lora_bytes,
-    )
-    engine = Engine(
-        runner,
-        base.tokenizer,
-        store.weights,
-        eos_token_ids=base.eos_token_ids,
-        max_model_len=base.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
-        prefix_reuse=settings.prefix_reuse,
-        max_passed_over=settings.max_passed_over,
-        look_ahead=device.type == "cuda",
-        rope=base.rope,
-    )
-    logger.info(
-        "model loaded",
-        extra={
-            "device": str(device),
-            "dtype": str(base.dtype),
-            "max_model_len": base.max_model_len,
-            "cache_bytes": runner.cache_bytes,
-        },
-    )
-    shape = runner.cache_shape
-    return Core(base, engine, store, tokenizers, runner.targets, shape.num_blocks * shape.block_size)
-
-
-def _tuner(settings: Settings, device: torch.device) -> Tuner:
-    from worker.engine.kernels.tuning import CudaTimer, TimingTuner, device_file  # noqa: PLC0415 (needs Triton)
-
-    file = device_file(settings.cache_path, device)
-    return TimingTuner(CudaTimer(), settings.kernel_tuning_seconds, file)
-
-
-def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:
-    """As `_tell_mirrors`, from the configuration of the model in `weights` alone. Raises ModelError."""
-    outline = load_outline(weights, trust_remote_code=settings.trust_remote_code)
-    _tell_mirrors(settings, foresee(outline))
-
-
-def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
-    """Leave word beside the adapters of what they must fit, for mirrors here and in other processes."""
-    folder = settings.adapters_path if settings.lora_enabled else None
-    if folder is None:
-        return
-    paths = MirrorPaths(folder.resolve())
-    place = paths.base_model_file.parent
-    told = AdapterBase(
-        modules={
-            name: (one.in_features, one.out_features)
-            for name, one in targets.items()
-            if not one.refused and not one.is_embedding
-        },
-        refused={name: one.refused for name, one in targets.items() if one.refused},
-        max_lora_rank=settings.max_lora_rank,
-        vocabularies={
-            name: (one.num_tokens, one.in_features if one.is_head else one.out_features)
-            for name, one in targets.items()
-            if one.has_tokens and not one.fixed
-        },
-        lora_extra_vocab_size=settings.lora_extra_vocab_size,
-    )
-    try:
-        if settings.sync:
-            place.mkdir(parents=True, exist_ok=True)  # no pass has made it before the first
-        if os.access(place, os.W_OK):  # else no mirror writes there either
-            write_base_model(paths, told)
-    except OSError as error:
-        logger.warning("cannot tell mirrors what adapters must fit", extra={"reason": str(error)})
-
-
-def _generation(settings: Settings, rows: RowRunner) -> Generation:
-    """The base model and its adapters, as what can be called."""
-    limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
-    return Generation(rows.answer, limits, names_of(str(settings.model)))
 
 
 def _tell(found: Iterable[str]) -> None:
@@ -348,6 +152,10 @@ async def _drain(
     return all(await asyncio.gather(drained_messages(), drained_calls()))
 
 
+async def _awaited(wait: Callable[[], Awaitable[None]]) -> None:
+    await wait()
+
+
 @asynccontextmanager
 async def _owned_tasks() -> AsyncIterator[set[asyncio.Task[None]]]:
     """Tasks that must live as long as the worker; they end with the block."""
@@ -382,86 +190,6 @@ async def _listening(
     async with serving(host, port, registry, not_ready, token=token, apis=apis) as bound:
         logger.info("listening", extra={"host": host, "port": bound})
         yield
-
-
-@asynccontextmanager
-async def _mirror(settings: Settings) -> AsyncIterator[Mirror | None]:
-    """The mirror inside the worker, if settings ask for it."""
-    if not settings.sync:
-        yield None
-        return
-    if settings.mirror_uri is None or settings.adapters_path is None:
-        raise SettingsError(["adapters_uri: sync is on and there is nothing to mirror; give --adapters-uri"])
-    options = MirrorOptions(
-        interval_seconds=settings.sync_interval_seconds,
-        settle_seconds=settings.settle_seconds,
-        limits=Limits(rank=settings.max_lora_rank),
-    )
-    opened = open_mirror(
-        settings.mirror_uri, settings.adapters_path, options, settings.adapters_events_queue_url
-    )
-    async with opened as mirror:
-        yield mirror
-
-
-def _mirroring(mirror: Mirror, metrics: SyncMetrics, stop: asyncio.Event) -> asyncio.Task[None]:
-    return asyncio.create_task(mirror.run(stop, metrics.observe, metrics.count_event), name="mirror")
-
-
-async def _registered(
-    settings: Settings, bridge: Bridge, owned: set[asyncio.Task[None]]
-) -> AdapterRegistry | None:
-    """What was registered over HTTP, loaded again; None when no adapters are served."""
-    folder, place = settings.adapters_path, settings.registered_path
-    if not settings.lora_enabled or folder is None or place is None:
-        return None
-    shelf = VersionShelf(place, mirrored=folder, limits=Limits(rank=settings.max_lora_rank))
-    registry = AdapterRegistry(folder, shelf, bridge)
-    await registry.start()
-    owned.add(asyncio.create_task(registry.run(), name="registry"))
-    return registry
-
-
-async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store: S3Store) -> Workflows:
-    """Those that were registered before, and those of the settings.
-
-    Raises LoramillError for one of the settings that cannot be served.
-    """
-    names = names_of(str(settings.model))
-    urls = {url for url in (settings.model, settings.model_id) if url is not None}
-    place = settings.registered_path
-    folder = None if place is None else place.parent / "workflows"
-    workflows = Workflows(adapters, urls, {*names, settings.model_name}, folder)
-    await workflows.start()
-    for url in settings.workflows:
-        try:
-            await workflows.replace(await fetch_workflow(url, store))
-        except LoramillError as error:
-            raise LoramillError(f"workflows: {url}: {error}") from error
-    return workflows
-
-
-def flow_of(settings: Settings, core: Core) -> FlowControl:
-    """How much of the rows an engine may have at work."""
-    return FlowControl(
-        max_rows=settings.in_flight_rows,
-        max_tokens=settings.max_in_flight_tokens or core.cache_tokens * _CACHES_AHEAD,
-        max_bytes=settings.max_in_flight_bytes,
-    )
-
-
-def _logging_bytes() -> Callable[[int], None]:
-    """Progress of a download, a line every 256 MiB."""
-    step = 256 << 20
-    fetched = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal fetched
-        before, fetched = fetched // step, fetched + count
-        if fetched // step > before:
-            logger.info("downloading the model", extra={"bytes": fetched})
-
-    return on_bytes
 
 
 async def _export(bring_up_to_date: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ LoramillError
 │   ├── TimedOut             somebody waits for the row, and it took too long
 │   ├── OutOfMemory          the row alone does not fit
 │   ├── AdapterStoreFull     host memory is full of adapters in use or pinned
+│   ├── HandlerRefusedRow    the custom handler failed at this row, or said no
 │   └── RowFailed            anything else that is this row's own
 ├── TransientError       worth another try: the message is released with a back-off
 │   ├── QueueUnavailable     SQS refused, throttled or timed out after the SDK's own retries
@@ -35,7 +36,10 @@ LoramillError
 │   ├── InvalidRegistration  400: the name, the source or the adapter itself
 │   │   └── InvalidWorkflow      a workflow.json that says nothing that could be done
 │   ├── RegistryUnavailable  503: S3 cannot be reached, or another worker is in charge
-│   └── StorageFull          507: the disk
+│   ├── StorageFull          507: the disk
+│   └── HandlerRefused       the custom handler failed at it, or said no: the code is its own
+├── HandlerDied          the custom handler's process is gone: it is started again, the call fails
+├── HandlerBusy          too many calls wait for the custom handler
 └── EngineFailed         the engine is broken: release every lease, end non-zero
 """
 
@@ -171,6 +175,12 @@ class AdapterStoreFull(RowError):
     retryable = True
 
 
+class HandlerRefusedRow(RowError):
+    """The custom handler's answer is that it failed, or it gave none that a result line has a place for."""
+
+    code = "handler_failed"
+
+
 class RowFailed(RowError):
     code = "internal"
     retryable = True
@@ -256,6 +266,22 @@ class RegistryUnavailable(RegistrationError):
 
 class StorageFull(RegistrationError):
     """The disk took no more."""
+
+
+class HandlerRefused(RegistrationError):
+    """The custom handler did not take what it was told about an adapter. `status` is its code."""
+
+    def __init__(self, message: str, status: int) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class HandlerDied(LoramillError):
+    """The custom handler's process ended, or had to be ended."""
+
+
+class HandlerBusy(LoramillError):
+    """So many calls wait for the custom handler that one more is not taken."""
 
 
 class EngineFailed(LoramillError):

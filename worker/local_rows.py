@@ -7,8 +7,8 @@ from contextlib import aclosing, asynccontextmanager
 import msgspec
 
 from worker.adapters import AdapterDirectory
-from worker.app import Core, flow_of
 from worker.bridge import Bridge
+from worker.core import Core, flow_of
 from worker.inputs import rows_of
 from worker.jobs import Job, RowResult
 from worker.local_input import LocalInput

@@ -153,6 +153,9 @@ class Metrics:
             "Rows of calls over HTTP, by outcome: completed, or the error's code.",
             "outcome",
         )
+        self.handler_restarts = counter(
+            "loramill_handler_restarts", "Processes of a custom handler that had to be started again."
+        )
         self.ready = gauge("loramill_ready", "1 while the worker takes messages.")
         # A counter that is there from the start has a rate from its first event on.
         for metric, values in (

@@ -48,13 +48,29 @@ async def fetch_weights(settings: Settings, store: Store, on_bytes: Callable[[in
     assert weights is not None, "the command requires a model"
     if not weights.startswith("s3://"):
         return await asyncio.to_thread(local_weights, settings)
+    return str(await _fetch(weights, settings, store, on_bytes))
+
+
+async def fetch_model_folder(
+    settings: Settings, store: Store, on_bytes: Callable[[int], None]
+) -> Path | None:
+    """MODEL as a folder on this machine, downloaded if it is in S3; None for a hub id. Raises ModelError."""
+    if settings.model_uri is not None:
+        return await _fetch(settings.model_uri, settings, store, on_bytes)
+    folder = settings.model_dir
+    if folder is not None and not await asyncio.to_thread(folder.is_dir):
+        raise ModelError(f"model: {settings.model} is not a folder")
+    return folder
+
+
+async def _fetch(weights: str, settings: Settings, store: Store, on_bytes: Callable[[int], None]) -> Path:
     uri = weights.rstrip("/") + "/"
     target = settings.cache_path / "models" / uri.removeprefix("s3://").rstrip("/")
     try:
         await store.download_tree(uri, target, on_bytes=on_bytes, without=_NOT_WEIGHTS)
     except ObjectNotFound as exc:
         raise ModelError(f"model: there is nothing under {uri}") from exc
-    return str(target)
+    return target
 
 
 def local_weights(settings: Settings) -> str:

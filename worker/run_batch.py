@@ -10,6 +10,7 @@ import msgspec
 
 from adapters_sync.layout import resolve
 from worker import wire
+from worker.custom.opening import find_entry_point
 from worker.errors import InvalidMessage, JobError, LoramillError, SettingsError
 from worker.jobs import Delivery, Job, Output, Part, RowResult, Source
 from worker.local_input import LocalInput, open_input
@@ -94,6 +95,8 @@ def _check(settings: Settings, batch: Batch) -> None:
         mistakes.append(f"--adapter {batch.adapter}: no adapters are served; give --adapters")
     elif batch.adapter and folder is not None and resolve(folder, batch.adapter) is None:
         mistakes.append(f"--adapter {batch.adapter}: there is no such adapter in {folder}")
+    if not mistakes and find_entry_point(settings, settings.model_dir) is not None:
+        mistakes.append("custom_code: run-batch has only the engine, and this model's handler would answer")
     if mistakes:
         raise SettingsError(mistakes)
 
@@ -172,7 +175,7 @@ def _compute(
     """Add the lines that are missing."""
     weights = local_weights(settings)
     with showing(f"loading {weights}"):
-        from worker.app import build_core  # noqa: PLC0415 (torch)
+        from worker.core import build_core  # noqa: PLC0415 (torch)
         from worker.local_rows import run_rows  # noqa: PLC0415 (torch)
 
         core = build_core(settings, weights)

@@ -41,6 +41,11 @@ IGNORED_KEYS = frozenset({
 
 _FACTOR = r"(1000(\.0*)?|[1-9][0-9]{0,2}(\.[0-9]*)?)"
 FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
+_BATCH_KEYS = frozenset({"batch_size", "batchSize"})
+"""What DJL calls the setting of a custom handler's batches; without one, of those above."""
+_BUILT_IN = re.compile(r"djl_python(\.\w+)*")
+_WHOLE_CALLS_ONLY = {"rolling_batch": ("disable",), "mpi_mode": ("false", "0", "no")}
+"""Options that ask for another way of calling handlers, and the values that do not."""
 
 _S3 = {"expected": S3_PREFIX_EXPECTED}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -260,6 +265,53 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         bool,
         Meta(description="Run Python code that comes with the model.", extra={"option": "trust_remote_code"}),
     ] = False
+    custom_code: Annotated[
+        bool,
+        Meta(
+            description="Have the handler that comes with the model, ENTRY_POINT, answer requests and rows. "
+            "It runs in a process of its own, with the worker's rights. Options that the worker does not "
+            "know are the handler's."
+        ),
+    ] = False
+    entry_point: Annotated[
+        str | None,
+        Meta(
+            description="The custom handler: a Python file in MODEL, or a module there. Default: model.py. "
+            "djl_python.* is DJL Serving's own, in whose place is the worker's engine.",
+            pattern=r"^(?!/)(?!.*(^|/)\.{1,2}(/|\Z))([^\x00-\x1f:]+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)\Z",
+            extra={
+                "option": "entryPoint",
+                "expected": "the path of a .py file inside the model's folder, or a module's name",
+            },
+        ),
+    ] = None
+    batch_size: Annotated[
+        int,
+        Meta(
+            description="Most requests that go to a custom handler together, if they wait. In "
+            "serving.properties batch_size, or batchSize.",
+            ge=1,
+            le=999,
+        ),
+    ] = 1
+    predict_timeout_seconds: Annotated[
+        float,
+        Meta(
+            description="How long a custom handler may take for a call; then its process is replaced.",
+            gt=0,
+            le=86_400,
+            extra={"option": "predict_timeout"},
+        ),
+    ] = 120.0
+    model_loading_timeout_seconds: Annotated[
+        float,
+        Meta(
+            description="How long a custom handler may take to load and to answer its first call.",
+            gt=0,
+            le=86_400,
+            extra={"option": "model_loading_timeout"},
+        ),
+    ] = 240.0
     tensor_parallel_degree: Annotated[
         int,
         Meta(
@@ -408,6 +460,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         return self.cache_path / "registered" / f"{self.model_name}-{place}" / "adapters"
 
     @property
+    def own_entry_point(self) -> str | None:
+        """The custom handler that was named; None when none was, or DJL Serving's own."""
+        built_in = self.entry_point is None or _BUILT_IN.fullmatch(self.entry_point)
+        return None if built_in else self.entry_point
+
+    @property
     def cpu_loras(self) -> int:
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
@@ -440,6 +498,8 @@ KNOWN_NAMES = reader.known_names(Settings)
 """Every LORAMILL_ variable of the program, to pass as `known` where only SyncSettings is read."""
 
 _OPTIONS = {info.option: info.name for info in describe(Settings) if info.option is not None}
+_SPELLINGS = {option.lower(): option for option in _OPTIONS}
+"""What is meant by the part of OPTION_<NAME> that follows, in lower case."""
 
 
 def read_settings(
@@ -458,7 +518,11 @@ def read_settings(
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
     """
     mistakes: list[str] = []
-    options = {**_from_environment(environ, mistakes), **_from_properties(properties, mistakes)}
+    strangers: list[str] = []
+    options = {
+        **_from_environment(environ, strangers),
+        **_from_properties(properties, mistakes, strangers),
+    }
     reading = reader.gather(Settings, environ=environ, flags=flags, options=options, known=known)
     if reading.values["model"] is None:
         reading.values["model"] = reading.values["model_id"]
@@ -467,9 +531,26 @@ def read_settings(
     needed = [*required, *(() if said.isdisjoint(together) else together)]
     mistakes += settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
+    if settings.custom_code:
+        mistakes += _refuse_other_calls(handler_options(environ, properties))
+    else:
+        mistakes += strangers
     if mistakes:
         raise SettingsError(mistakes)
     return settings
+
+
+def handler_options(environ: Mapping[str, str], properties: str | None = None) -> dict[str, str]:
+    """Every option that was given, known or not, by its name: what a custom handler is told at first."""
+    said = {
+        _SPELLINGS.get(name.lower(), name.lower()): value
+        for variable, value in sorted(environ.items())
+        if variable.isupper() and (name := variable.removeprefix("OPTION_")) != variable
+    }
+    for key, value in _parse(properties, []).items():
+        if key.startswith("option."):
+            said[key.removeprefix("option.")] = value
+    return {name: value.strip() for name, value in said.items() if value.strip()}
 
 
 def notes(settings: Settings, properties: str | None = None) -> list[str]:
@@ -477,8 +558,12 @@ def notes(settings: Settings, properties: str | None = None) -> list[str]:
     said = [
         f"{key} in serving.properties sizes DJL Serving's workers and has no effect here"
         for key in _parse(properties, [])
-        if _is_ignored(key) and key != "engine"
+        if _is_ignored(key) and key != "engine" and not (settings.custom_code and key in _BATCH_KEYS)
     ]
+    if settings.entry_point is not None and settings.own_entry_point is None:
+        said.append(
+            f"entry_point {settings.entry_point} is DJL Serving's: the worker's engine is in its place"
+        )
     if not settings.lora_enabled and settings.adapters_dir is not None:
         said.append(f"enable_lora is false: the adapters in {settings.adapters_dir} are not served")
     return said
@@ -489,7 +574,8 @@ def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[s
     for name, value in sorted(environ.items()):
         if not name.startswith("OPTION_") or not value.strip():
             continue
-        field = _OPTIONS.get(name.removeprefix("OPTION_").lower()) if name.isupper() else None
+        option = _SPELLINGS.get(name.removeprefix("OPTION_").lower(), "")
+        field = _OPTIONS.get(option) if name.isupper() else None
         if field is None:
             close = nearest(name, [f"OPTION_{option.upper()}" for option in _OPTIONS])
             mistakes.append(f"{name}: unknown option (environment); the nearest known one is {close}")
@@ -498,16 +584,30 @@ def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[s
     return options
 
 
-def _from_properties(text: str | None, mistakes: list[str]) -> dict[str, Said]:
+def _from_properties(text: str | None, mistakes: list[str], strangers: list[str]) -> dict[str, Said]:
+    """What it says, by field; unknown options go to `strangers`, other unknown keys to `mistakes`."""
     options = {}
     for key, value in _parse(text, mistakes).items():
-        field = _OPTIONS.get(key.removeprefix("option.")) if key.startswith("option.") else None
+        is_option = key.startswith("option.")
+        field = _OPTIONS.get(key.removeprefix("option.")) if is_option else None
+        field = "batch_size" if key in _BATCH_KEYS else field
         if field is not None and value.strip():
             options[field] = Said(f"{key} in serving.properties", value)
         elif field is None and not _is_ignored(key):
             close = nearest(key, [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS])
-            mistakes.append(f"{key}: unknown key (serving.properties); the nearest known one is {close}")
+            (strangers if is_option else mistakes).append(
+                f"{key}: unknown key (serving.properties); the nearest known one is {close}"
+            )
     return options
+
+
+def _refuse_other_calls(options: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name}: {options[name]!r} (an option of the handler) asks for calls that custom handlers do not "
+        f"get here; it must be {' or '.join(harmless)}, or left unset"
+        for name, harmless in _WHOLE_CALLS_ONLY.items()
+        if options.get(name, harmless[0]).lower() not in harmless
+    ]
 
 
 def _is_ignored(key: str) -> bool:
@@ -545,6 +645,11 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
             {"adapters_events_queue_url", "queue_url"},
             settings.queue_url is not None and settings.adapters_events_queue_url == settings.queue_url,
             f"adapters_events_queue_url: {shown('adapters_events_queue_url')} must not be queue_url",
+        ),
+        (
+            {"entry_point", "custom_code"},
+            settings.own_entry_point is not None and not settings.custom_code,
+            f"entry_point: {shown('entry_point')} is code, which needs LORAMILL_CUSTOM_CODE or --custom-code",
         ),
         (
             {"http_host", "http_token"},

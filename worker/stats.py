@@ -64,6 +64,9 @@ class Exporter:
         for seconds in stats.load_seconds:
             metrics.adapter_load_seconds.labels("host").observe(seconds)
 
+    def handler(self, restarts: int) -> None:
+        self._metrics.handler_restarts.inc(self._new("handler_restarts", restarts))
+
     def waiting(self, for_upload: int, for_room: int) -> None:
         self._metrics.rows_waiting.labels("upload").set(for_upload)
         self._metrics.rows_waiting.labels("room").set(for_room)

@@ -157,7 +157,7 @@ class Mill:
             process.popen.wait(30)
 
     def upload(self, folder: Path, prefix: str) -> None:
-        for path in sorted(folder.iterdir()):
+        for path in sorted(one for one in folder.iterdir() if one.is_file()):
             self.s3.put_object(Bucket=BUCKET, Key=prefix + path.name, Body=path.read_bytes())
 
     def push(self, folder: Path, name: str) -> str:

@@ -15,8 +15,8 @@ from adapters_sync.inventory import Limits
 from tests.glue.registering import Answer, Client
 from tests.glue.support import make_job, make_runner, run_rows
 from worker.adapters import AdapterDirectory
-from worker.app import Core, build_core
 from worker.bridge import Bridge
+from worker.core import Core, build_core
 from worker.http.adapters_api import AdaptersApi
 from worker.http.generation import CallLimits, Generation
 from worker.http.inference_api import HttpLimits, InferenceApi

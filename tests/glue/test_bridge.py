@@ -13,8 +13,8 @@ import pytest
 from adapters_sync.layout import AdapterFolder, resolve
 from tests.glue.support import make_job, make_runner, run_rows, until
 from worker.adapters import AdapterDirectory
-from worker.app import Core, build_core
 from worker.bridge import Bridge
+from worker.core import Core, build_core
 from worker.engine.engine import StepStats
 from worker.errors import AdapterInvalid, AdapterStoreFull, EngineFailed, PromptTooLong, RowFailed
 from worker.jobs import AdapterKey, Completion, InferenceRequest, SamplingParams

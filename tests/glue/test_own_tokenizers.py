@@ -13,8 +13,8 @@ from tests.glue.support import make_job, make_runner, run_rows
 from tests.glue.test_bridge import make_core
 from worker import wire
 from worker.adapters import AdapterDirectory
-from worker.app import Core
 from worker.bridge import Bridge
+from worker.core import Core
 
 ROWS = 272
 NAMES = [f"<new{number}>" for number in range(parity.NEW_TOKENS)]

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.glue.support import echo
-from worker import app as worker_app
 from worker import cli as worker_cli
+from worker import core as worker_core
 from worker import local_input, local_rows
 from worker.cli import app
 from worker.errors import EngineFailed, LoramillError
@@ -50,7 +50,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     engine = Engine()
-    monkeypatch.setattr(worker_app, "build_core", engine.build)
+    monkeypatch.setattr(worker_core, "build_core", engine.build)
     monkeypatch.setattr(local_rows, "run_rows", engine.run)
     return engine
 
@@ -176,7 +176,7 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(cli, engine, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_model_is_loaded_ends_the_run_too(cli, engine, number, monkeypatch):
     before = signal.getsignal(number)
-    monkeypatch.setattr(worker_app, "build_core", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(worker_core, "build_core", lambda *_: os.kill(os.getpid(), number))
     result = cli()
     assert result.exit_code == 128 + number
     assert "stopped: 0 of 9 rows are done" in result.stderr
@@ -339,3 +339,12 @@ def test_help_names_the_flags_that_mean_something_here(cli):
         assert f" {flag} " in text, flag
     for flag in ("--adapters-dir", "--queue-url", "--output-prefixes", "--http-port", "--sync", "--drain"):
         assert flag not in text, flag
+
+
+def test_a_model_whose_handler_would_answer_is_refused(engine, cli, tmp_path, monkeypatch):
+    (tmp_path / "model" / "model.py").write_text("raise AssertionError('it was run')\n")
+    monkeypatch.setenv("LORAMILL_CUSTOM_CODE", "true")
+    done = cli()
+    assert done.exit_code == 2
+    assert "custom_code: run-batch has only the engine" in done.output
+    assert engine.loaded == 0

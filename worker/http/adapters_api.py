@@ -12,19 +12,19 @@ are decoded, so a name with an encoded slash is one name.
 
 import logging
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
 
-from worker.errors import LoramillError
+from worker.adapter_info import AdapterInfo
+from worker.errors import HandlerRefused, LoramillError
 from worker.http.answers import Refused, answer, refusal
 from worker.http.bodies import read_body
 from worker.http.codes import code_of
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
-from worker.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,36 @@ MAX_PAGE = 100
 BODY_SECONDS = 10.0
 MAX_BODY_BYTES = 64 << 10
 
-_Action = Callable[[AdapterRegistry, Parameters, str], Awaitable[Any]]
+
+class Registry(Protocol):
+    """What knows the adapters: see AdapterRegistry. A text that a change returns takes the place of ours."""
+
+    def close(self) -> None: ...
+    async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]: ...
+    async def describe(self, name: str) -> AdapterInfo: ...
+    async def register(
+        self, name: str, src: str, *, preload: bool, pin: bool, options: Mapping[str, str] | None
+    ) -> str | None: ...
+    async def update(
+        self,
+        name: str,
+        *,
+        src: str | None,
+        preload: bool | None,
+        pin: bool | None,
+        options: Mapping[str, str] | None,
+    ) -> str | None: ...
+    async def delete(self, name: str) -> str | None: ...
+
+
+class _Done(NamedTuple):
+    """What became of an adapter, and what is said of that when it is not what is always said."""
+
+    verb: str
+    said: str | None
+
+
+_Action = Callable[[Registry, Parameters, str], Awaitable[Any]]
 
 
 class AdaptersApi:
@@ -47,7 +76,7 @@ class AdaptersApi:
         self._model = model
         self._lora_enabled = lora_enabled
         self._not_ready = not_ready
-        self.registry: AdapterRegistry | None = None
+        self.registry: Registry | None = None
 
     def close(self) -> None:
         """To be called when nothing is answered any more."""
@@ -90,11 +119,14 @@ class AdaptersApi:
         try:
             found = await work
         except LoramillError as error:
-            code = code_of(error)
+            code = error.status if isinstance(error, HandlerRefused) else code_of(error)
             if code is None:
                 raise
             raise Refused(code, _renamed(str(error), name, shown)) from error
-        return {"status": f"Adapter {shown} {found}"} if isinstance(found, str) else found
+        if not isinstance(found, _Done):
+            return found
+        status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
+        return {"status": status}
 
 
 def is_ours(request: web.Request) -> bool:
@@ -129,10 +161,10 @@ def _renamed(message: str, name: str, shown: str) -> str:
     return re.sub(rf"(\b[Aa]dapter ){re.escape(name)}(?![\w.-])", lambda found: found[1] + shown, message)
 
 
-# What can be done. A text that is returned says what became of the adapter.
+# What can be done.
 
 
-async def _list(registry: AdapterRegistry, parameters: Parameters, _: str) -> Any:
+async def _list(registry: Registry, parameters: Parameters, _: str) -> Any:
     limit = parameters.number("limit", MAX_PAGE, least=1, most=MAX_PAGE)
     begin = parameters.number("next_page_token", 0, least=0)
     parameters.end()
@@ -141,28 +173,29 @@ async def _list(registry: AdapterRegistry, parameters: Parameters, _: str) -> An
     return page if following is None else {"nextPageToken": str(following), **page}
 
 
-async def _describe(registry: AdapterRegistry, parameters: Parameters, name: str) -> Any:
+async def _describe(registry: Registry, parameters: Parameters, name: str) -> Any:
     parameters.end()
     return msgspec.to_builtins(await registry.describe(name))
 
 
-async def _register(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+async def _register(registry: Registry, parameters: Parameters, name: str) -> _Done:
     src = parameters.required("src")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
-    await registry.register(name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest())
-    return "registered"
+    said = await registry.register(
+        name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest()
+    )
+    return _Done("registered", said)
 
 
-async def _update(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+async def _update(registry: Registry, parameters: Parameters, name: str) -> _Done:
     src = parameters.take("src")
     if src == "":
         raise Refused(400, "The parameter src is empty")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
-    await registry.update(name, src=src, preload=preload, pin=pin, options=parameters.rest())
-    return "updated"
+    said = await registry.update(name, src=src, preload=preload, pin=pin, options=parameters.rest())
+    return _Done("updated", said)
 
 
-async def _delete(registry: AdapterRegistry, parameters: Parameters, name: str) -> str:
+async def _delete(registry: Registry, parameters: Parameters, name: str) -> _Done:
     parameters.end()
-    await registry.delete(name)
-    return "unregistered"
+    return _Done("unregistered", await registry.delete(name))

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from worker.errors import EngineFailed
 from worker.http.answers import Refused, answer, refusal
 from worker.http.bodies import read_body
 from worker.http.calls import Call, Model, Reply
+from worker.http.handler_api import HandlerApi
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
 from worker.metrics import Metrics
@@ -56,6 +58,8 @@ class InferenceApi:
         self._not_ready = not_ready
         self._metrics = metrics
         self.models: dict[str, Model] = {}
+        self.handler: HandlerApi | None = None
+        """What answers in the place of `models`, where there is one."""
         self.is_workflow: Callable[[str], bool] = lambda _: False
         """Whether a name that is no model's is one of a workflow of the worker's model."""
         self.num_calls = 0
@@ -91,7 +95,7 @@ class InferenceApi:
         """Wait until no call is at work."""
         await self._idle.wait()
 
-    async def _run(self, request: web.Request) -> web.Response:
+    async def _run(self, request: web.Request) -> web.StreamResponse:
         match segments_of(request):
             case ["ping"]:
                 _expect_method(request, "GET", "HEAD")
@@ -105,6 +109,8 @@ class InferenceApi:
                 model = decoded(segment)
             case _:
                 raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
+        if self.handler is not None:
+            return await self._handled(request, model, self.handler)
         reply = await self._call(request, model)
         for outcome in reply.outcomes:
             self._metrics.http_rows.labels(outcome).inc()
@@ -118,24 +124,39 @@ class InferenceApi:
         parameters.end()
         content_type = _content_type(request)
         self._expect_ready()
+        model, workflow = self.models.get(self._model if name is None else name), None
+        if model is None and name is not None and self.is_workflow(name):
+            model, workflow = self.models.get(self._model), name
+        if model is None:
+            raise Refused(404, f"The model {name} was not found")
+        with self._at_work():
+            body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
+            headers = {key.lower(): value for key, value in request.headers.items()}
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow)
+            return await _while_there(request, model, call)
+
+    async def _handled(
+        self, request: web.Request, name: str | None, handler: HandlerApi
+    ) -> web.StreamResponse:
+        self._expect_ready()
+        if name not in {None, self._model}:
+            raise Refused(404, f"The model {name} was not found")
+        with self._at_work():
+            return await handler.answer(request)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """One call more. Raises Refused when there are as many as there may be."""
         if self.num_calls >= self._limits.max_calls:
             raise Refused(
                 503,
                 f"The worker is busy: {self.num_calls} calls are at work, as many as there may be",
                 headers={"Retry-After": "1"},
             )
-        model, workflow = self.models.get(self._model if name is None else name), None
-        if model is None and name is not None and self.is_workflow(name):
-            model, workflow = self.models.get(self._model), name
-        if model is None:
-            raise Refused(404, f"The model {name} was not found")
         self.num_calls += 1
         self._idle.clear()
         try:
-            body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
-            headers = {key.lower(): value for key, value in request.headers.items()}
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow)
-            return await _while_there(request, model, call)
+            yield
         finally:
             self.num_calls -= 1
             self._last_busy = time.monotonic()

@@ -1,0 +1,3 @@
+"""What a handler imports from beside it."""
+
+WORDS = "from beside"

@@ -1,0 +1,109 @@
+"""What of a request reaches a handler, and what is refused before it."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.custom.conftest import MODELS, handler_of
+from worker.errors import HandlerBusy
+from worker.http.handler_api import HandlerApi
+from worker.http.inference_api import HttpLimits, InferenceApi
+from worker.http.server import Apis, serving
+from worker.metrics import Metrics
+
+LARGEST = 100_000
+
+
+@asynccontextmanager
+async def served(reason: str | None = None, token: str | None = None):
+    """A client, and the API with the unruly handler behind it."""
+    async with handler_of(MODELS / "unruly") as handler:
+        registry = CollectorRegistry()
+        api = InferenceApi("unruly", HttpLimits(100, 64 << 20), lambda: reason, Metrics(registry))
+        async with (
+            serving("127.0.0.1", 0, registry, lambda: reason, token=token, apis=Apis(calls=api)) as port,
+            aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
+        ):
+            api.handler = HandlerApi(handler, LARGEST)
+            yield client, handler
+
+
+def ask(headers=None, body=b"", path="/invocations?how=ready", **settings):
+    async def play():
+        async with served(**settings) as (client, _), client.post(path, data=body, headers=headers) as answer:
+            return answer.status, await answer.json(content_type=None)
+
+    return asyncio.run(play())
+
+
+def test_headers_are_properties_but_the_token() -> None:
+    headers = {
+        "Authorization": "Bearer secret",
+        "X-Mine": "1",
+        "X-Amzn-SageMaker-Custom-Attributes": "a=1; b=2=3;c",
+    }
+    status, said = ask(headers, token="secret")
+    properties = said["properties"]
+    assert status == 200
+    assert (properties["X-Mine"], properties["a"], properties["b"]) == ("1", "1", "2=3")
+    assert "requestId" in properties
+    assert not {name for name in properties if name.lower() in {"authorization", "c"}}
+
+
+@pytest.mark.parametrize(
+    ("headers", "path", "status", "words"),
+    [
+        ({"handler": "leave"}, "/invocations", 400, "handler can't be overridden"),
+        ({"Batch_Size": "999999999"}, "/invocations", 400, "can't be overridden"),
+        ({"X-Amzn-SageMaker-Custom-Attributes": "handler=leave"}, "/invocations", 400, "overridden"),
+        ({}, "/predictions/other", 404, "The model other was not found"),
+        ({}, "/invocations?how=%ff", 400, "not UTF-8"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "/invocations", 400, "cannot be read"),
+    ],
+)
+def test_what_no_handler_may_be_sent(headers, path, status, words) -> None:
+    found, said = ask(headers, b"no form", path)
+    assert (found, said["code"]) == (status, status)
+    assert words in said["message"]
+
+
+def test_a_body_beyond_the_limit_is_refused() -> None:
+    assert ask(body=b"x" * 100_000)[0] == 200  # more than the rest of the server takes
+    status, said = ask(body=b"x" * 100_001)
+    assert status == 413
+    assert "100000 bytes" in said["message"]
+
+
+def test_not_ready_and_too_busy_are_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(reason="draining")[0] == 503
+
+    async def full(*_):
+        raise HandlerBusy("1000 calls wait for the custom handler")
+
+    async def play():
+        async with served() as (client, handler):
+            monkeypatch.setattr(handler, "call", full)
+            async with client.post("/invocations") as answer, client.get("/ping") as ping:
+                return answer.status, await answer.json(content_type=None), ping.status
+
+    status, said, ping = asyncio.run(play())
+    assert (status, ping) == (503, 200)
+    assert said["message"] == "1000 calls wait for the custom handler"
+
+
+def test_a_header_that_was_said_twice_is_sent_once() -> None:
+    async def play():
+        async with served() as (client, _), client.post("/invocations?how=twice") as answer:
+            return answer.status, answer.headers.getall("Content-Type")
+
+    assert asyncio.run(play()) == (404, ["application/json"])
+
+
+def test_a_page_in_a_browser_may_not_ask() -> None:
+    status, said = ask({"Origin": "https://evil.example"})
+    assert status == 403
+    assert "token" in json.dumps(said)

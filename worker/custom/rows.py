@@ -1,0 +1,136 @@
+"""The rows of a job, each through a custom handler to its result: what `worker.rows` is for the engine."""
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from worker.custom.adapters import HandlerAdapters
+from worker.custom.answers import Answer
+from worker.custom.handler import CustomHandler
+from worker.custom.messages import Content
+from worker.errors import (
+    AdapterNotFound,
+    HandlerDied,
+    HandlerRefusedRow,
+    InvalidLine,
+    OutOfMemory,
+    RowError,
+)
+from worker.flow import FlowControl
+from worker.jobs import FinishReason, Row, RowResult, SamplingParams, Task
+from worker.rows import Hold, RowRunner
+from worker.wire.checks import failure_of
+
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+_DEFAULTS = SamplingParams()
+_WIRE_NAMES = {"prompt_log_probs": "decoder_input_details"}
+_OUT_OF_MEMORY = 507
+
+
+class HandlerRows(RowRunner):
+    """Runs rows of many jobs at once, each as one request to the handler.
+
+    A request is what `POST /invocations` would be for the row alone: a body `{"inputs", "parameters"}` in
+    JSON. Its adapter is named in all three ways that handlers look for: `adapters` in the body, `adapter` in
+    the content, and the header. `adapters` None refuses rows that name one.
+    """
+
+    def __init__(
+        self,
+        handler: CustomHandler,
+        adapters: HandlerAdapters | None,
+        flow: FlowControl,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        # No model and no tokenizer here: of what RowRunner has only its counting and its turns are used.
+        self._handler = handler
+        self._known = adapters
+        self._flow = flow
+        self._clock = clock
+        self._numbers = itertools.count()
+        self._holds: set[Hold] = set()
+
+    async def _run(self, hold: Hold, row: Row) -> RowResult:
+        if row.failure is not None:
+            return RowResult(row=row, failure=row.failure)
+        version = None if self._known is None else self._known.version(row.adapter or "")
+        try:
+            self._refuse_late(hold)
+            answer, body = await self._answer(row)
+            return RowResult(
+                row=row,
+                adapter_version=version,
+                text=text_of(answer, body),
+                finish_reason=FinishReason.EOS_TOKEN,
+            )
+        except RowError as exc:
+            return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
+
+    async def _answer(self, row: Row) -> tuple[Answer, bytes]:
+        if row.adapter is not None and self._known is None:
+            raise AdapterNotFound(f"Adapter {row.adapter} cannot be used: LoRA is not enabled")
+        try:
+            answer = await self._handler.call(self._handler.function, *request_of(row), urgent=False)
+            return answer, await answer.read()
+        except HandlerDied as error:
+            raise HandlerRefusedRow(str(error)) from error
+
+
+def request_of(row: Row) -> tuple[dict[str, str], Content]:
+    """Properties and content of the request that a row is. Raises InvalidLine for one to be scored."""
+    if row.task is not Task.GENERATE:
+        raise InvalidLine("the job's task is score, and a custom handler gives no scores")
+    body: dict[str, Any] = {}
+    if row.messages is not None:
+        body["messages"] = msgspec.to_builtins(row.messages)
+    else:
+        body["inputs"] = row.text if row.tokens is None else list(row.tokens)
+    parameters = _parameters(row.params)
+    if parameters:
+        body["parameters"] = parameters
+    properties, content = {"content-type": "application/json"}, []
+    if row.adapter is not None:
+        body["adapters"] = row.adapter
+        properties[ADAPTER_HEADER] = row.adapter
+        content.append(("adapter", row.adapter.encode()))
+    return properties, (*content, ("data", msgspec.json.encode(body)))
+
+
+def text_of(answer: Answer, body: bytes) -> str:
+    """The `generated_text` that an answer is.
+
+    Of `{"generated_text": "..."}`, or a list of one such, it is that text; any other text, JSON too, is it
+    as it stands. Raises RowError for a failure, and HandlerRefusedRow for what is no text.
+    """
+    if answer.is_failure:
+        raise (OutOfMemory if answer.status == _OUT_OF_MEMORY else HandlerRefusedRow)(answer.reason)
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        said = f"the handler's answer has {len(body)} bytes that are no text"
+        raise HandlerRefusedRow(f"{said} ({answer.kind or 'without a content type'})") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    generated = value.get("generated_text") if isinstance(value, dict) else None
+    return generated if isinstance(generated, str) else text
+
+
+def _parameters(params: SamplingParams) -> dict[str, Any]:
+    """Those that are not what they are by default, by their names in a job."""
+    said: dict[str, Any] = {}
+    for name in SamplingParams.__struct_fields__:
+        value = getattr(params, name)
+        if value != getattr(_DEFAULTS, name):
+            said[_WIRE_NAMES.get(name, name)] = value
+    if "logit_bias" in said:
+        said["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
+    return said
