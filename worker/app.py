@@ -152,9 +152,9 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
                 settings, objects, stack, keeper, owned=owned, custom=custom, exporter=exporter
             )
             requests.handler = custom
+        rows, api.registry = side.rows, side.registry
         if signals.stop.is_set():
             return
-        rows, api.registry = side.rows, side.registry
         runner = _runner(settings, info, rows, objects, queue, metrics=metrics)
         intake = Intake(
             queue,
@@ -202,6 +202,8 @@ async def _engine_side(
         # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
         await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
         owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
+    if not settings.custom_code:
+        await asyncio.to_thread(find_entry_point, settings, settings.model_dir or Path(weights))  # says so
     core = await asyncio.to_thread(build_core, settings, weights)
     await asyncio.to_thread(_tell_mirrors, settings, core.targets)
     await stack.enter_async_context(keeper)
@@ -235,7 +237,6 @@ async def _custom_handler(
 ) -> CustomHandler | None:
     """The handler that comes with the model, not started yet; None when the engine serves."""
     if not settings.custom_code:
-        await asyncio.to_thread(find_entry_point, settings, settings.model_dir)  # says what is not run
         return None
     folder = await fetch_model_folder(settings, objects, _logging_bytes())
     entry_point = await asyncio.to_thread(find_entry_point, settings, folder)
@@ -246,9 +247,7 @@ async def _custom_handler(
         settings,
         folder,
         entry_point,
-        model_id=None
-        if settings.model_id is None
-        else await fetch_weights(settings, objects, _logging_bytes()),
+        model_id=await fetch_weights(settings, objects, _logging_bytes()) if settings.model_id else None,
         device_id="-1" if device.type == "cpu" else str(device.index or 0),
         environ=os.environ,
         properties=properties if properties is not None else local_properties(settings),
