@@ -68,9 +68,9 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             side = await engine_side(place, stack, mirror)
         else:
             side = await handler_side(place, stack, mirror, custom)
+        rows, api.registry = side.rows, side.registry
         if signals.stop.is_set():
             return
-        rows, api.registry = side.rows, side.registry
         intake = None if messages is None else messages.intake(rows, objects, metrics)
 
         def export() -> None:

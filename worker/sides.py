@@ -80,6 +80,8 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
         await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
         place.owned.add(_mirroring(mirror, SyncMetrics(place.registry), asyncio.Event()))
+    if not settings.custom_code:
+        await asyncio.to_thread(find_entry_point, settings, settings.model_dir or Path(weights))  # says so
     core = await asyncio.to_thread(build_core, settings, weights)
     await asyncio.to_thread(_tell_mirrors, settings, core.targets)
     bridge = await stack.enter_async_context(
@@ -122,7 +124,6 @@ async def custom_handler(
 ) -> CustomHandler | None:
     """The handler that comes with the model, not started yet; None when the engine serves."""
     if not settings.custom_code:
-        await asyncio.to_thread(find_entry_point, settings, settings.model_dir)  # says what is not run
         return None
     folder = await fetch_model_folder(settings, objects, _logging_bytes())
     entry_point = await asyncio.to_thread(find_entry_point, settings, folder)
@@ -133,9 +134,7 @@ async def custom_handler(
         settings,
         folder,
         entry_point,
-        model_id=None
-        if settings.model_id is None
-        else await fetch_weights(settings, objects, _logging_bytes()),
+        model_id=await fetch_weights(settings, objects, _logging_bytes()) if settings.model_id else None,
         device_id="-1" if device.type == "cpu" else str(device.index or 0),
         environ=os.environ,
         properties=properties if properties is not None else local_properties(settings),

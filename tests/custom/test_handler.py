@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,20 @@ def test_processes_that_the_handler_starts_find_djl_python(tmp_path) -> None:
             return (await ask(handler)).body
 
     assert run(play()) == b"2"
+
+
+def test_another_djl_python_is_not_used_and_the_log_says_so(tmp_path, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", "worker.custom.process")
+    (tmp_path / "djl_python").mkdir()
+    (tmp_path / "djl_python" / "__init__.py").write_text("raise AssertionError('not this one')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    async def play():
+        async with handler_of(MODELS / "echo") as handler:
+            return (await ask(handler, b"x")).body
+
+    assert run(play()) == b"x"
+    assert any("the djl_python that is installed here is not used" in message for message in caplog.messages)
 
 
 def test_an_adapter_that_ends_every_new_process_is_not_told_again() -> None:

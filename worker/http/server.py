@@ -36,8 +36,8 @@ class Apis(NamedTuple):
 
     adapters: AdaptersApi | None = None
     calls: InferenceApi | None = None
-    workflows: WorkflowsApi | None = None
     metrics: Metrics | None = None
+    workflows: WorkflowsApi | None = None
 
 
 @asynccontextmanager
