@@ -21,13 +21,18 @@ from worker.http.adapters_api import AdaptersApi
 from worker.http.generation import CallLimits, Generation
 from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
+from worker.http.workflows_api import WorkflowsApi
 from worker.metrics import Metrics
 from worker.registry import AdapterRegistry
 from worker.settings import read_settings
 from worker.shelf import VersionShelf
 from worker.stats import Exporter
+from worker.transport.memory import MemoryStore
+from worker.workflow_files import fetch_workflow
+from worker.workflows import Workflows
 
 MODEL = "tiny"
+MODEL_URL = "s3://bucket/llama/"
 
 
 def make_core(base: Path, **flags: Any) -> Core:
@@ -111,10 +116,20 @@ async def calling(
             )
             api.registry = registered = AdapterRegistry(adapters, shelf, bridge)
             await registered.start()
+        chains = WorkflowsApi(lambda url: fetch_workflow(url, MemoryStore()), lambda: said[0].reason)
+        chains.workflows = Workflows(registered, [MODEL_URL], [MODEL], tmp_path / "workflows")
+        await chains.workflows.start()
+        calls.is_workflow = chains.workflows.knows
         directory = AdapterDirectory(
             adapters, 30.0, registered=registered.find if registered is not None else lambda _: None
         )
-        rows = make_runner(bridge, core.base.tokenizer, directory, max_rows=in_flight_rows)
+        rows = make_runner(
+            bridge,
+            core.base.tokenizer,
+            directory,
+            max_rows=in_flight_rows,
+            workflow=chains.workflows.find,
+        )
         generation = Generation(rows.answer, CallLimits(max_rows, timeout_seconds), {MODEL, "org/tiny"})
         calls.models[MODEL] = generation
         async with serving(
@@ -123,7 +138,7 @@ async def calling(
             registry,
             lambda: said[0].reason,
             token=token,
-            apis=Apis(api, calls, metrics),
+            apis=Apis(api, calls, metrics, chains),
         ) as port:
             worker = Worker(session, port)
             said.append(worker)
