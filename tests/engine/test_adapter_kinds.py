@@ -91,6 +91,19 @@ def test_nobody_else_says_an_adapters_own_tokens(kind, made, llama):
         assert max(found) < FIRST_NEW + parity.NEW_TOKENS
 
 
+def test_rows_that_resizing_has_taken_away_are_never_said(made, llama):
+    harness = Harness(llama, max_num_seqs=16)
+    key, last = harness.adapter(made("fewer tokens").folder), ROWS - parity.NEW_TOKENS
+    asked = {"do_sample": True, "temperature": 50.0, "details": True, "top_n_tokens": 20, "seed": 1}
+    done = harness.run([*rows(key, "own", **asked), *rows(None, "base", **asked)])
+    found = {"own": set(), "base": set()}
+    for name, completion in done.items():
+        found[name[:-1]].update(token for top in completion.top_tokens for token, _ in top)
+    assert max(found["own"]) < last <= max(found["base"])
+    with pytest.raises(InvalidParameters, match=f"token {last}, adapter {key.name} knows {last} tokens"):
+        harness.engine.add(request("row", (1, last), key))
+
+
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_probabilities_are_those_of_all_tokens_of_the_adapter(kind, made, llama):
     harness, tuned = Harness(llama, max_num_seqs=16), made(kind)
@@ -266,12 +279,18 @@ DAMAGES = {
     "no copy": ("saved norms", NORM, None, "modules_to_save"),
     "copy of another size": ("saved norms", NORM, lambda t: t[1:], "the base model needs [64]"),
     "copy is infinite": ("saved norms", NORM, lambda t: t / 0, "model.norm has weights that are not finite"),
-    "fewer tokens": ("saved lm_head", "lm_head.weight", lambda t: t[1:], "the base model needs [272, 64]"),
+    "fewer to one end": ("saved lm_head", "lm_head.weight", lambda t: t[1:], "271 in lm_head"),
+    "fewer than the tokenizer's": ("saved lm_head", "lm_head.weight", lambda t: t[:256], "needs [272, 64]"),
     "no tokens": ("token indices", DELTA, None, "trainable_token_indices"),
     "new to one end": ("added tokens", "lm_head.weight", None, "as many tokens are needed in both"),
-    "more to one end": ("added tokens", "lm_head.weight", lambda t: t[1:], "5 to lm_head"),
-    "two sizes of one end": ("added tokens, LoRA", "lm_head.lora_B.weight", lambda t: t[1:], "[278, 64]"),
-    "columns of an embedding": ("embedding", EMBEDDING_A, lambda t: t[:, 1:], "needs [4, 272]"),
+    "more to one end": ("added tokens", "lm_head.weight", lambda t: t[1:], "277 in lm_head"),
+    "two sizes of one end": (
+        "added tokens, LoRA",
+        "lm_head.lora_B.weight",
+        lambda t: t[1:],
+        "of module lm_head for 27",
+    ),
+    "columns of an embedding": ("embedding", EMBEDDING_A, lambda t: t[:, 1:], "embed_tokens for 27"),
 }
 
 

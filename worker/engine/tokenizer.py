@@ -33,6 +33,11 @@ class Tokenizer:
             return tuple(self._tokenizer.encode(text))
 
     @property
+    def num_tokens(self) -> int:
+        """Ids from this on are no token's."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
     def eos_token_id(self) -> int | None:
         own = self._tokenizer.eos_token_id
         return None if own is None else int(own)
