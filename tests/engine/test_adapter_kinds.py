@@ -213,6 +213,25 @@ def test_text_is_that_of_the_adapters_own_tokenizer_and_its_eos_ends(made, llama
     assert done["waits"].token_ids.index(FIRST_NEW + 3) == 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype"), [("bfloat16", None), ("float16", torch.float16), ("float32", torch.bfloat16)]
+)
+def test_lower_precision_is_near_peft_in_float32(dtype, lora_dtype, made, llama):
+    harness = Harness(llama, dtype=dtype, lora_dtype=lora_dtype, max_num_seqs=16)
+    keys = {kind: harness.adapter(made(kind).folder) for kind in (*KINDS, "token indices", *NEW_KINDS)}
+    done = harness.run(row for kind, key in keys.items() for row in rows(key, kind, details=True))
+    for kind in keys:
+        differences = []
+        for row, prompt in enumerate(PROMPTS):
+            own = done[f"{kind}{row}"]
+            assert own.failure is None
+            with torch.inference_mode():
+                logits = made(kind).model(torch.tensor([[*prompt, *own.token_ids]])).logits[0].log_softmax(-1)
+            expected = logits[range(len(prompt) - 1, len(prompt) + 9), list(own.token_ids)]
+            differences.append((expected - torch.tensor(own.log_probs)).abs())
+        assert torch.cat(differences).median() < 0.2, kind
+
+
 def test_only_what_is_new_is_kept_in_memory(made, llama):
     harness = Harness(llama)
     added, plain = harness.adapter(made("added tokens").folder), harness.adapter(made("LoRA").folder)
