@@ -120,6 +120,22 @@ def test_probabilities_are_those_of_all_tokens_of_the_adapter(kind, made, llama)
         assert own.prompt_log_probs[1:] == pytest.approx(before.tolist(), abs=1e-4)
 
 
+def test_looking_ahead_and_preempting_change_nothing(made, llama):
+    shapes = [CacheShape(16, 160), CacheShape(24, 8)]
+    kinds = ("added tokens", "embedding and lm_head", "LoRA")
+    asked = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "details": True, "max_new_tokens": 24}
+    said = []
+    for look_ahead, shape in ((False, shapes[0]), (True, shapes[0]), (True, shapes[1])):
+        harness = Harness(llama, max_num_seqs=16, look_ahead=look_ahead, cache_shape=shape)
+        harness.engine._scheduler.lengths.ratio = 0.0  # nobody is expected to grow
+        keys = {kind: harness.adapter(made(kind).folder) for kind in kinds}
+        done = harness.run(row for kind, key in keys.items() for row in rows(key, kind, **asked))
+        said.append({name: own.token_ids for name, own in done.items()})
+    assert said[0] == said[1] == said[2]
+    assert harness.stats[-1].preempted > 0
+    assert max(max(own) for own in said[0].values()) >= FIRST_NEW
+
+
 @pytest.mark.parametrize("kind", [*KINDS, *NEW_KINDS])
 def test_a_slot_is_the_next_adapters_alone(kind, made, llama):
     harness = Harness(llama, max_loras=1, max_num_seqs=4)
