@@ -405,3 +405,17 @@ def test_a_tokenizer_that_is_a_link_is_refused(folder_of, llama, tmp_path):
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     assert "tokenizer.json is a link" in refusal(folder, llama)
+
+
+def test_code_beside_an_adapter_is_not_run(folder_of, llama, tmp_path):
+    folder = folder_of("LoRA")
+    tiny.write_tokenizer(folder, NAMES)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    path.write_text(json.dumps(told))
+    assert "its tokenizer cannot be read" in refusal(folder, llama)
+    assert not (tmp_path / "ran").exists()
