@@ -58,7 +58,7 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
             elif (found := _WHOLE_TENSOR.fullmatch(name)) and found["module"] in self.vocabularies:
                 tokens, features = self.vocabularies[found["module"]]
                 self._check_tokens(name, tensor.shape, 0, tokens)
-                self._check_shape(name, tensor.shape, (None, features), f"[{tokens} or more, {features}]")
+                self._check_shape(name, tensor.shape, (None, features), f"[{tokens}, {features}]")
 
     def _check(self, tensor: str, shape: tuple[int, ...], module: str, side: str) -> None:
         if module in self.refused:
@@ -70,7 +70,7 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
             self._check_shape(tensor, shape, (None, features_in), f"[rank, {features_in}]")
         elif module in self.vocabularies:
             self._check_tokens(tensor, shape, 0, features_out)
-            self._check_shape(tensor, shape, (None, None), f"[{features_out} or more, rank]")
+            self._check_shape(tensor, shape, (None, None), f"[{features_out}, rank]")
         else:
             self._check_shape(tensor, shape, (features_out, None), f"[{features_out}, rank]")
 
@@ -80,19 +80,15 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
         tokens, features = self.vocabularies[module]
         if side == "A":
             self._check_tokens(tensor, shape, 1, tokens)
-            self._check_shape(tensor, shape, (None, None), f"[rank, {tokens} or more]")
+            self._check_shape(tensor, shape, (None, None), f"[rank, {tokens}]")
         else:
             self._check_shape(tensor, shape, (features, None), f"[{features}, rank]")
 
     def _check_tokens(self, tensor: str, shape: tuple[int, ...], axis: int, tokens: int) -> None:
-        """Of so many in the base model an adapter has all, and a few more."""
+        """An adapter has a few more than the base model at most; how few it may have the worker knows."""
         if len(shape) != 2:
             return  # which its shape is refused for
         brought, limit = shape[axis] - tokens, self.lora_extra_vocab_size
-        if brought < 0:
-            raise InvalidAdapter(
-                f"tensor {shown(tensor)} has shape {list(shape)}; the base model has {tokens} tokens"
-            )
         if limit is not None and brought > limit:
             raise InvalidAdapter(f"tensor {shown(tensor)} brings {brought} tokens; the limit is {limit}")
 

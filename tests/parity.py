@@ -57,6 +57,10 @@ class Shape(NamedTuple):
         settings = tiny.ALL[self.architecture][1]
         return bool({**settings, **self.changes}.get("tie_word_embeddings", default))
 
+    def has(self, what: str) -> bool:
+        """`biases`, embeddings that are `tied`, a `layer` of several modules."""
+        return {"biases": self.has_biases, "tied": self.is_tied, "layer": self.architecture != "opt"}[what]
+
     @property
     def common(self) -> dict[str, Any]:
         return {"fan_in_fan_out": True} if self.architecture == "gpt2" else {}
@@ -87,7 +91,7 @@ class Feature(NamedTuple):
     brings: int = 0
     """Tokens."""
     needs: str = ""
-    """`biases`, `tied` or `untied`."""
+    """`biases`, `tied` or `layer`."""
 
 
 def _linear(shape: Shape) -> dict[str, Any]:
@@ -105,6 +109,7 @@ def _saving(*parts: str) -> Callable[[Shape], dict[str, Any]]:
             "head": ["lm_head"],
             "norms": shape.norms,
             "linear": [shape.linear],
+            "layer": ["mlp"],
         }
         saved = [name for part in parts for name in names[part]]
         targets = [name for name in shape.targets if name not in saved]
@@ -158,6 +163,8 @@ FEATURES = {
     "token indices": Feature(_tokens()),
     "token indices of both": Feature(_tokens("embedding", "head")),
     "token indices of lm_head": Feature(_tokens("head")),
+    "saved layer": Feature(_saving("layer"), needs="layer"),
+    "fewer tokens": Feature(_linear, brings=-NEW_TOKENS),
     "added tokens": Feature(_linear, brings=NEW_TOKENS),
     "added tokens, saved": Feature(_saving("embedding", "head"), brings=NEW_TOKENS),
     "added tokens, LoRA": Feature(_on("embedding", "head"), brings=NEW_TOKENS),
@@ -187,8 +194,8 @@ def tune(base: Any, shape: Shape, feature: Feature, folder: Path, seed: int) -> 
         model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():
             for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-                fresh = module.weight[-feature.brings :]
-                fresh.copy_(3 * module.weight[: feature.brings] + 0.1 * torch.randn_like(fresh))
+                fresh = module.weight[rows - max(0, feature.brings) :]
+                fresh.copy_(3 * module.weight[: len(fresh)] + 0.1 * torch.randn_like(fresh))
     config = LoraConfig(
         task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **shape.common, **feature.config(shape)}
     )
@@ -231,13 +238,7 @@ def cells(
     keys: dict[str, AdapterKey | None] = {"base": None}
     for number, name in enumerate(features):
         feature = FEATURES[name]
-        missing = {
-            "biases": not shape.has_biases,
-            "tied": not shape.is_tied,
-            "untied": shape.is_tied,
-            "": False,
-        }
-        if missing[feature.needs]:
+        if feature.needs and not shape.has(feature.needs):
             yield name, f"n/a: no {feature.needs}"
             continue
         try:
@@ -278,7 +279,7 @@ def _compare(
             yield name, "NO EFFECT: the adapter does not change what the base model says"
         elif (
             name != "base"
-            and FEATURES[name].brings
+            and FEATURES[name].brings > 0
             and max(map(max, answers)) < len(plain.get_input_embeddings().weight)
         ):
             yield name, "NO NEW TOKEN was generated"

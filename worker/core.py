@@ -77,6 +77,7 @@ def build_core(settings: Settings, weights: str) -> Core:
             pin=device.type == "cuda",
             rope=base.rope,
             lora_extra_vocab_size=settings.lora_extra_vocab_size,
+            least_tokens=base.tokenizer.num_tokens,
             base_dtype=base.dtype,
             base_rows=runner.base_rows,
             tokenizers=tokenizers.read,

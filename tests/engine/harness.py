@@ -84,6 +84,7 @@ class Harness:
                 pin=self.base.device.type == "cuda",
                 rope=self.base.rope,
                 lora_extra_vocab_size=limits.lora_extra_vocab_size,
+                least_tokens=self.base.tokenizer.num_tokens,
                 base_dtype=self.base.dtype,
                 base_rows=self.runner.base_rows,
                 tokenizers=AdapterTokenizers().read,

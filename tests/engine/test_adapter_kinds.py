@@ -91,6 +91,19 @@ def test_nobody_else_says_an_adapters_own_tokens(kind, made, llama):
         assert max(found) < FIRST_NEW + parity.NEW_TOKENS
 
 
+def test_rows_that_resizing_has_taken_away_are_never_said(made, llama):
+    harness = Harness(llama, max_num_seqs=16)
+    key, last = harness.adapter(made("fewer tokens").folder), ROWS - parity.NEW_TOKENS
+    asked = {"do_sample": True, "temperature": 50.0, "details": True, "top_n_tokens": 20, "seed": 1}
+    done = harness.run([*rows(key, "own", **asked), *rows(None, "base", **asked)])
+    found = {"own": set(), "base": set()}
+    for name, completion in done.items():
+        found[name[:-1]].update(token for top in completion.top_tokens for token, _ in top)
+    assert max(found["own"]) < last <= max(found["base"])
+    with pytest.raises(InvalidParameters, match=f"token {last}, adapter {key.name} knows {last} tokens"):
+        harness.engine.add(request("row", (1, last), key))
+
+
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_probabilities_are_those_of_all_tokens_of_the_adapter(kind, made, llama):
     harness, tuned = Harness(llama, max_num_seqs=16), made(kind)
@@ -105,6 +118,22 @@ def test_probabilities_are_those_of_all_tokens_of_the_adapter(kind, made, llama)
         assert own.log_probs == pytest.approx(expected.tolist(), abs=1e-4)
         before = logits[range(len(prompt) - 1), list(prompt[1:])]
         assert own.prompt_log_probs[1:] == pytest.approx(before.tolist(), abs=1e-4)
+
+
+def test_looking_ahead_and_preempting_change_nothing(made, llama):
+    shapes = [CacheShape(16, 160), CacheShape(24, 8)]
+    kinds = ("added tokens", "embedding and lm_head", "LoRA")
+    asked = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "details": True, "max_new_tokens": 24}
+    said = []
+    for look_ahead, shape in ((False, shapes[0]), (True, shapes[0]), (True, shapes[1])):
+        harness = Harness(llama, max_num_seqs=16, look_ahead=look_ahead, cache_shape=shape)
+        harness.engine._scheduler.lengths.ratio = 0.0  # nobody is expected to grow
+        keys = {kind: harness.adapter(made(kind).folder) for kind in kinds}
+        done = harness.run(row for kind, key in keys.items() for row in rows(key, kind, **asked))
+        said.append({name: own.token_ids for name, own in done.items()})
+    assert said[0] == said[1] == said[2]
+    assert harness.stats[-1].preempted > 0
+    assert max(max(own) for own in said[0].values()) >= FIRST_NEW
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *NEW_KINDS])
@@ -200,6 +229,25 @@ def test_text_is_that_of_the_adapters_own_tokenizer_and_its_eos_ends(made, llama
     assert done["waits"].token_ids.index(FIRST_NEW + 3) == 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype"), [("bfloat16", None), ("float16", torch.float16), ("float32", torch.bfloat16)]
+)
+def test_lower_precision_is_near_peft_in_float32(dtype, lora_dtype, made, llama):
+    harness = Harness(llama, dtype=dtype, lora_dtype=lora_dtype, max_num_seqs=16)
+    keys = {kind: harness.adapter(made(kind).folder) for kind in (*KINDS, "token indices", *NEW_KINDS)}
+    done = harness.run(row for kind, key in keys.items() for row in rows(key, kind, details=True))
+    for kind in keys:
+        differences = []
+        for row, prompt in enumerate(PROMPTS):
+            own = done[f"{kind}{row}"]
+            assert own.failure is None
+            with torch.inference_mode():
+                logits = made(kind).model(torch.tensor([[*prompt, *own.token_ids]])).logits[0].log_softmax(-1)
+            expected = logits[range(len(prompt) - 1, len(prompt) + 9), list(own.token_ids)]
+            differences.append((expected - torch.tensor(own.log_probs)).abs())
+        assert torch.cat(differences).median() < 0.2, kind
+
+
 def test_only_what_is_new_is_kept_in_memory(made, llama):
     harness = Harness(llama)
     added, plain = harness.adapter(made("added tokens").folder), harness.adapter(made("LoRA").folder)
@@ -266,12 +314,18 @@ DAMAGES = {
     "no copy": ("saved norms", NORM, None, "modules_to_save"),
     "copy of another size": ("saved norms", NORM, lambda t: t[1:], "the base model needs [64]"),
     "copy is infinite": ("saved norms", NORM, lambda t: t / 0, "model.norm has weights that are not finite"),
-    "fewer tokens": ("saved lm_head", "lm_head.weight", lambda t: t[1:], "the base model needs [272, 64]"),
+    "fewer to one end": ("saved lm_head", "lm_head.weight", lambda t: t[1:], "271 in lm_head"),
+    "fewer than the tokenizer's": ("saved lm_head", "lm_head.weight", lambda t: t[:256], "needs [272, 64]"),
     "no tokens": ("token indices", DELTA, None, "trainable_token_indices"),
     "new to one end": ("added tokens", "lm_head.weight", None, "as many tokens are needed in both"),
-    "more to one end": ("added tokens", "lm_head.weight", lambda t: t[1:], "5 to lm_head"),
-    "two sizes of one end": ("added tokens, LoRA", "lm_head.lora_B.weight", lambda t: t[1:], "[278, 64]"),
-    "columns of an embedding": ("embedding", EMBEDDING_A, lambda t: t[:, 1:], "needs [4, 272]"),
+    "more to one end": ("added tokens", "lm_head.weight", lambda t: t[1:], "277 in lm_head"),
+    "two sizes of one end": (
+        "added tokens, LoRA",
+        "lm_head.lora_B.weight",
+        lambda t: t[1:],
+        "of module lm_head for 27",
+    ),
+    "columns of an embedding": ("embedding", EMBEDDING_A, lambda t: t[:, 1:], "embed_tokens for 27"),
 }
 
 
@@ -351,3 +405,17 @@ def test_a_tokenizer_that_is_a_link_is_refused(folder_of, llama, tmp_path):
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     assert "tokenizer.json is a link" in refusal(folder, llama)
+
+
+def test_code_beside_an_adapter_is_not_run(folder_of, llama, tmp_path):
+    folder = folder_of("LoRA")
+    tiny.write_tokenizer(folder, NAMES)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    path.write_text(json.dumps(told))
+    assert "its tokenizer cannot be read" in refusal(folder, llama)
+    assert not (tmp_path / "ran").exists()

@@ -78,6 +78,7 @@ WITH_TOKENS = [
     {f"{HEAD}.base_layer.weight": [31, 8], **pair("lm_head", (8, 31))},
     {f"{EMBED}.lora_embedding_A": [4, 33], f"{EMBED}.lora_embedding_B": [8, 4]},
     {f"{EMBED}.token_adapter.trainable_tokens_delta": [2, 8]},
+    {f"{EMBED}.weight": [27, 8], f"{HEAD}.weight": [27, 8]},
     {f"{EMBED}.modules_to_save.weight": [32, 8], f"{EMBED}.original_module.weight": [32, 8]},
 ]
 TOO_MANY = [
@@ -85,10 +86,9 @@ TOO_MANY = [
     ({f"{EMBED}.token_adapter.base_layer.weight": [35, 8]}, "brings 5 tokens; the limit is 4"),
     (pair("lm_head", (8, 35)), "lora_B.weight' brings 5 tokens; the limit is 4"),
     ({f"{EMBED}.lora_embedding_A": [4, 40]}, "brings 10 tokens; the limit is 4"),
-    ({f"{EMBED}.lora_embedding_A": [4, 29]}, "has shape [4, 29]; the base model has 30 tokens"),
     ({f"{EMBED}.lora_embedding_B": [9, 4]}, "has shape [9, 4]; the base model needs [8, rank]"),
-    ({f"{HEAD}.weight": [30, 9]}, "has shape [30, 9]; the base model needs [30 or more, 8]"),
-    ({f"{HEAD}.weight": [30]}, "has shape [30]; the base model needs [30 or more, 8]"),
+    ({f"{HEAD}.weight": [30, 9]}, "has shape [30, 9]; the base model needs [30, 8]"),
+    ({f"{HEAD}.weight": [30]}, "has shape [30]; the base model needs [30, 8]"),
 ]
 
 

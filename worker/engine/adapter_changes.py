@@ -92,7 +92,11 @@ def _read(
     rows = None
     if target.is_embedding or target.is_head:
         weight = parameters.pop("weight", None)
-        rows = None if weight is None else _differing(ready(weight, kinds.base), base_rows)
+        rows = None
+        if weight is not None:
+            indices = _differing(weight.to(kinds.base), base_rows)
+            if len(indices):
+                rows = Rows(indices, ready(weight.index_select(0, indices), kinds.base))
         if module in plan.tokens:
             values = ready(own.by_role[Role.TOKENS], kinds.base)
             rows = _with_tokens(rows, torch.tensor(plan.tokens[module]), values)
@@ -107,14 +111,13 @@ def _read(
     return pair if is_usual else None, change
 
 
-def _differing(weight: torch.Tensor, base_rows: torch.Tensor | None) -> Rows | None:
-    """The rows of `weight` that are not the base model's; None if all are."""
+def _differing(weight: torch.Tensor, base_rows: torch.Tensor | None) -> torch.Tensor:
+    """Which rows of `weight` are not the base model's: int64, ascending."""
     differs = torch.ones(len(weight), dtype=torch.bool)
     if base_rows is not None:
         known = min(len(weight), len(base_rows))
         differs[:known] = fingerprints(weight[:known]) != base_rows[:known]
-    indices = differs.nonzero().squeeze(1)
-    return Rows(indices, weight.index_select(0, indices)) if len(indices) else None
+    return differs.nonzero().squeeze(1)
 
 
 def _with_tokens(rows: Rows | None, tokens: torch.Tensor, values: torch.Tensor) -> Rows:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from worker.engine.adapter import LoRAPair, LoRAWeights, Target, Vocabulary
 from worker.engine.adapter_changes import Kinds, assemble, not_finite
 from worker.engine.adapter_config import CONFIG_FILE, read_bytes, read_config
-from worker.engine.adapter_plan import Plan, Role, make_plan
+from worker.engine.adapter_plan import Plan, Role, VocabularySizes, make_plan
 from worker.engine.rope import RopeScaling
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid
@@ -101,6 +101,7 @@ class AdapterLoader:
         dtype: torch.dtype,
         pin: bool = False,
         lora_extra_vocab_size: int = 256,
+        least_tokens: int | None = None,
         base_dtype: torch.dtype | None = None,
         base_rows: Mapping[str, torch.Tensor] = MappingProxyType({}),
         tokenizers: Callable[[Path], Tokenizer | None] = lambda _: None,
@@ -110,13 +111,14 @@ class AdapterLoader:
 
         With `pin` they lie in memory that a GPU reads by itself. What stands for the base model's own weights
         is of `base_dtype`, or None for `dtype`; of those in `base_rows`, by the names of modules, whose rows
-        have these fingerprints, only what differs is kept. `tokenizers` gives what a folder brings. `rope` is
-        what adapters may ask for their positions.
+        have these fingerprints, only what differs is kept. Embeddings must have `least_tokens` rows, None for
+        as many as in the base model. `tokenizers` gives what a folder brings. `rope` is what adapters may ask
+        for their positions.
         """
         self._rope = rope
         self._targets = targets
         self._max_rank = max_lora_rank
-        self._extra_vocab = lora_extra_vocab_size
+        self._sizes = VocabularySizes(lora_extra_vocab_size, least_tokens)
         self._kinds = Kinds(dtype, base_dtype or dtype, pin)
         self._base_rows = base_rows
         self._tokenizers = tokenizers
@@ -134,7 +136,7 @@ class AdapterLoader:
         try:
             _refuse_links(folder)
             known = self._look_up(folder / CONFIG_FILE)
-            layout, data = _read(folder / WEIGHTS_FILE, known, self._extra_vocab)
+            layout, data = _read(folder / WEIGHTS_FILE, known, self._sizes)
             with _memory_errors():
                 weights = self._weights(key, known, layout, data)._replace(rope_factor=known.rope_factor)
             tokenizer = self._tokenizers(folder)
@@ -178,7 +180,7 @@ def _refuse_links(folder: Path) -> None:
             raise AdapterInvalid(f"{name} is a link, a file is needed", "file")
 
 
-def _read(path: Path, known: _Known, extra_vocab_size: int) -> tuple[_Layout, torch.Tensor]:
+def _read(path: Path, known: _Known, sizes: VocabularySizes) -> tuple[_Layout, torch.Tensor]:
     """What the file holds, as bytes [n] uint8: exactly the tensors that are wanted, in their shapes.
 
     The safetensors library judges every header that is new. Its own ways to read copy each tensor by itself.
@@ -191,7 +193,7 @@ def _read(path: Path, known: _Known, extra_vocab_size: int) -> tuple[_Layout, to
                 said = f"a header of {length} bytes in a file of {size}, the limit is {_MAX_HEADER_BYTES}"
                 raise AdapterInvalid(f"{path.name} cannot be read: {said}", "file")
             header = file.read(length)
-            layout = known.layouts.get(header, lambda: _lay_out(path, file, known.plan, extra_vocab_size))
+            layout = known.layouts.get(header, lambda: _lay_out(path, file, known.plan, sizes))
             expected = _LENGTH_BYTES + len(header) + layout.num_bytes
             size = os.fstat(file.fileno()).st_size
             if size != expected:
@@ -205,7 +207,7 @@ def _read(path: Path, known: _Known, extra_vocab_size: int) -> tuple[_Layout, to
         raise AdapterInvalid(f"{path.name} cannot be read: {exc}", "file") from exc
 
 
-def _lay_out(path: Path, opened: BinaryIO, plan: Plan, extra_vocab_size: int) -> _Layout:
+def _lay_out(path: Path, opened: BinaryIO, plan: Plan, allowed: VocabularySizes) -> _Layout:
     """The layout of the file at `path`, which is `opened`, after a look at all that its header says."""
     own = {name: name for name in plan.wanted}  # one text for each name, however many layouts there are
     with _memory_errors(), safe_open(path, framework="pt") as file:
@@ -215,7 +217,7 @@ def _lay_out(path: Path, opened: BinaryIO, plan: Plan, extra_vocab_size: int) ->
         stored = [one.get_dtype() for one in slices]
     if _identity(path.stat()) != _identity(os.fstat(opened.fileno())):
         raise OSError(f"{path} was replaced while it was read")
-    vocabulary = plan.check(dict(zip(names, shapes, strict=True)), extra_vocab_size)
+    vocabulary = plan.check(dict(zip(names, shapes, strict=True)), allowed)
     for name, dtype in zip(names, stored, strict=True):
         if dtype not in _DTYPES:
             raise AdapterInvalid(f"tensor {name} is of {dtype}, not of a floating-point type", "tensors")

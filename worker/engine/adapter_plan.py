@@ -49,6 +49,16 @@ class Wanted(NamedTuple):
     required: bool = True
 
 
+class VocabularySizes(NamedTuple):
+    """How many tokens an adapter may know."""
+
+    extra: int
+    """That it brings, at most."""
+    least: int | None
+    """Those of the base model's tokenizer: a model may have rows for more, which resizing takes away. None
+    where it must be all rows."""
+
+
 class Plan:
     """What all adapters with one configuration have in common."""
 
@@ -76,16 +86,16 @@ class Plan:
             if wanted.required
         )
 
-    def check(self, found: Mapping[str, tuple[int, ...]], extra_vocab_size: int) -> Vocabulary | None:
+    def check(self, found: Mapping[str, tuple[int, ...]], sizes: VocabularySizes) -> Vocabulary | None:
         """Compare with the tensors that a file has, by name and shape.
 
         Returns what the adapter knows of tokens, None where that is what the base model does. Raises
         AdapterInvalid for the first tensor that is missing, left over, or of another shape.
         """
-        sizes: dict[str, int] = {}
+        tokens: dict[str, int] = {}
         for name, wanted in self.wanted.items():
             if name in found:
-                self._check_shape(name, wanted, found[name], extra_vocab_size, sizes)
+                self._check_shape(name, wanted, found[name], sizes, tokens)
             elif wanted.required:
                 raise AdapterInvalid(f"tensor {name} is missing, though {_asking(wanted)}", "tensors")
         left_over = found.keys() - self.wanted.keys()
@@ -95,44 +105,53 @@ class Plan:
                 "configuration asks for besides",
                 "tensors",
             )
-        return self._vocabulary(sizes)
+        return self._vocabulary(tokens)
 
     def _check_shape(
-        self, name: str, wanted: Wanted, shape: tuple[int, ...], extra: int, sizes: dict[str, int]
+        self,
+        name: str,
+        wanted: Wanted,
+        shape: tuple[int, ...],
+        sizes: VocabularySizes,
+        tokens: dict[str, int],
     ) -> None:
         needed = list(wanted.shape)
         axis = wanted.token_axis
         if axis is not None and len(shape) == len(needed):
             own = self.targets[wanted.module].num_tokens
-            size = sizes.setdefault(wanted.module, shape[axis])
-            if size > own + extra:
+            size = tokens.setdefault(wanted.module, shape[axis])
+            if size > own + sizes.extra:
                 raise AdapterInvalid(
                     f"tensor {name} brings {size - own} tokens beside the base model's {own}, the limit "
-                    f"(lora_extra_vocab_size) is {extra}",
+                    f"(lora_extra_vocab_size) is {sizes.extra}",
                     "tensors",
                 )
-            needed[axis] = max(own, size)
+            least = own if sizes.least is None else min(own, sizes.least)
+            needed[axis] = size if size >= least else own
+            if shape[axis] != size:
+                said = f"is for {shape[axis]} tokens, another tensor of module {wanted.module} for {size}"
+                raise AdapterInvalid(f"tensor {name} {said}", "tensors")
         if list(shape) != needed:
             message = f"tensor {name} has shape {list(shape)}, the base model needs {needed}"
             raise AdapterInvalid(message, "tensors")
 
-    def _vocabulary(self, sizes: Mapping[str, int]) -> Vocabulary | None:
+    def _vocabulary(self, tokens: Mapping[str, int]) -> Vocabulary | None:
         ends = {name: target for name, target in self.targets.items() if target.has_tokens}
         if not ends:
             return None
         brought = {
-            name: sizes.get(name, target.num_tokens) - target.num_tokens for name, target in ends.items()
+            name: tokens.get(name, target.num_tokens) - target.num_tokens for name, target in ends.items()
         }
         shared = [
             name
             for name, target in ends.items()
-            if target.is_tied and name in sizes and name not in self.saved
+            if target.is_tied and name in tokens and name not in self.saved
         ]
         if shared:  # what is new in one of them is in the other
-            brought.update({name: brought[shared[0]] for name in ends if name not in sizes})
+            brought.update({name: brought[shared[0]] for name in ends if name not in tokens})
         if len(set(brought.values())) > 1:
-            said = " and ".join(f"{count} to {name}" for name, count in brought.items())
-            raise AdapterInvalid(f"the adapter brings {said}: as many tokens are needed in both", "tensors")
+            said = " and ".join(f"{ends[name].num_tokens + more} in {name}" for name, more in brought.items())
+            raise AdapterInvalid(f"the adapter has {said}: as many tokens are needed in both", "tensors")
         for module, indices in self.tokens.items():
             target = self.targets[module]
             known = brought[module] + target.num_tokens if module in brought else target.in_features
@@ -143,6 +162,8 @@ class Plan:
                 raise AdapterInvalid(said, "tensors")
         if not any(brought.values()):
             return None
+        if len(ends) < 2:
+            raise AdapterInvalid("the adapter brings tokens, and the base model's head is no linear module")
         sizes_now = {target.is_head: target.num_tokens + brought[name] for name, target in ends.items()}
         return Vocabulary(reads=sizes_now[False], writes=sizes_now[True])
 

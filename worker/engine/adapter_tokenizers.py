@@ -73,7 +73,7 @@ class AdapterTokenizers:
 def _load(folder: Path) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        return Tokenizer(loaded)
+        return Tokenizer(loaded, "the adapter's tokenizer")
     except MemoryError:
         raise
     except Exception as exc:  # an upload finds ways to make a library raise that nobody listed

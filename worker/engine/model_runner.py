@@ -363,13 +363,11 @@ class ModelRunner:
 
     def _fingerprints(self) -> dict[str, torch.Tensor]:
         """Only while the weights are there: a packed one cannot be looked at again."""
-        if not self._limits.max_loras:
-            return {}
-        return {
-            name: fingerprints(self._model.get_parameter(f"{name}.weight"))
-            for name, target in self.targets.items()
-            if target.has_tokens
-        }
+        names = [name for name, target in self.targets.items() if target.has_tokens]
+        weights = {name: self._model.get_parameter(f"{name}.weight") for name in names}
+        known = {weight.data_ptr(): weight for weight in weights.values()}  # what is tied is looked at once
+        found = {pointer: fingerprints(weight) for pointer, weight in known.items()}
+        return {name: found[weight.data_ptr()] for name, weight in weights.items()}
 
     def _project(
         self, found: Discovery

@@ -18,8 +18,10 @@ before it (a leading space, half a character)."""
 class Tokenizer:
     """May be used from any thread."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str = "the base model") -> None:
+        """`whose` it is, for messages."""
         self._tokenizer = tokenizer
+        self._whose = whose
         self._lock = threading.Lock()  # fast tokenizers raise "Already borrowed" on concurrent encoding
         self._special = frozenset(
             token for token, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -31,6 +33,11 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         with self._lock:
             return tuple(self._tokenizer.encode(text))
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids from this on are no token's."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     @property
     def eos_token_id(self) -> int | None:
@@ -47,7 +54,7 @@ class Tokenizer:
             if token is not None:
                 return int(token)
         raise InvalidLine(
-            "The row has no context, and the base model has no BOS or EOS token to stand for it"
+            f"The row has no context, and {self._whose} has no BOS or EOS token to stand for it"
         )
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
@@ -56,14 +63,14 @@ class Tokenizer:
         Raises InvalidLine if there is no template, or it refuses the messages.
         """
         if self._tokenizer.chat_template is None:
-            raise InvalidLine("The row has messages, and the base model has no chat template")
+            raise InvalidLine(f"The row has messages, and {self._whose} has no chat template")
         conversation: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
         try:
             text = self._tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
         except Exception as exc:
-            raise InvalidLine(f"The base model's chat template refuses the messages: {exc}") from exc
+            raise InvalidLine(f"The chat template of {self._whose} refuses the messages: {exc}") from exc
         return str(text)
 
     def encode_chat(self, rendered: str) -> tuple[int, ...]:
