@@ -129,7 +129,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             registered=registered.find if registered is not None else lambda _: None,
         )
         rows = RowRunner(bridge, core.base.tokenizer, adapters, flow_of(settings, core))
-        calls.models[settings.model_name] = _generation(settings, rows)
+        _let_call(calls, settings, rows, registered)
         intake = None if messages is None else messages.intake(rows, objects, metrics)
 
         def export() -> None:
@@ -246,10 +246,15 @@ def _tell_mirrors(settings: Settings, targets: Mapping[str, Target]) -> None:
         logger.warning("cannot tell mirrors what adapters must fit", extra={"reason": str(error)})
 
 
-def _generation(settings: Settings, rows: RowRunner) -> Generation:
-    """The base model and its adapters, as what can be called."""
+def _let_call(
+    calls: InferenceApi, settings: Settings, rows: RowRunner, registered: AdapterRegistry | None
+) -> None:
+    """The base model and its adapters can be called from now on."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
-    return Generation(rows.answer, limits, names_of(str(settings.model)))
+    names = sorted(names_of(str(settings.model)), key=len)  # the last part of it first
+    if registered is not None:
+        calls.adapters = registered.names
+    calls.models[settings.model_name] = Generation(rows.answer, limits, names)
 
 
 def _tell(found: Iterable[str]) -> None:

@@ -123,6 +123,10 @@ class AdapterRegistry:
             raise AdapterInvalid(f"Adapter {name} is invalid: {one.trouble}", "file")
         return one.folder
 
+    async def names(self) -> list[str]:
+        """Of all adapters. Raises RegistryUnavailable as `page`."""
+        return sorted((await _off_loop(self._folder.survey)).keys() | self._registered.keys())
+
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]:
         """Adapters by name from number `begin` on, and where the next page begins, if there is one.
 

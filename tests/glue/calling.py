@@ -115,8 +115,10 @@ async def calling(
             adapters, 30.0, registered=registered.find if registered is not None else lambda _: None
         )
         rows = make_runner(bridge, core.base.tokenizer, directory, max_rows=in_flight_rows)
-        generation = Generation(rows.answer, CallLimits(max_rows, timeout_seconds), {MODEL, "org/tiny"})
+        generation = Generation(rows.answer, CallLimits(max_rows, timeout_seconds), [MODEL, "org/tiny"])
         calls.models[MODEL] = generation
+        if registered is not None:
+            calls.adapters = registered.names
         async with serving(
             "127.0.0.1",
             0,
