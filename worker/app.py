@@ -37,7 +37,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
     """
     signals = _Signals()
     async with AsyncExitStack() as stack:
-        clients = await stack.enter_async_context(Clients())
+        clients = await stack.enter_async_context(_clients(settings))
         objects = S3Store(clients)
         properties = await remote_properties(settings, objects)
         if properties is not None:
@@ -180,6 +180,18 @@ class _Signals:
 
     def _received(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+@asynccontextmanager
+async def _clients(settings: Settings) -> AsyncIterator[Clients]:
+    """Not opened for a worker that has nothing to do with AWS: it needs no region then, nor credentials."""
+    clients = Clients()
+    places = (settings.queue_url, settings.model_uri, settings.weights, *settings.workflows)
+    if not any(place is not None and place.startswith(("http", "s3://")) for place in places):
+        yield clients
+        return
+    async with clients:
+        yield clients
 
 
 @asynccontextmanager

@@ -22,8 +22,8 @@ from worker.jobs import AdapterKey, Completion, InferenceRequest
 logger = logging.getLogger(__name__)
 
 
-_MOST_DISPLACED = 3
-"""How often a row of the queue may have to begin anew, for room in host memory."""
+_OFTEN = 3
+"""A row of the queue that had to begin anew so often, for room in host memory, is kept in its turn."""
 _MOST_COUNTED = 10_000
 """Adapter versions whose rows are counted; the counts of those that came first go first."""
 
@@ -40,14 +40,15 @@ class AdapterDetails(NamedTuple):
 class _Flight:
     """A request inside the engine, and who waits for it; who hears of no completion has to begin anew."""
 
-    __slots__ = ("future", "may_be_displaced", "request")
+    __slots__ = ("future", "request", "times")
 
     def __init__(
-        self, request: InferenceRequest, future: asyncio.Future[Completion | None], *, may_be_displaced: bool
+        self, request: InferenceRequest, future: asyncio.Future[Completion | None], times: int = 0
     ) -> None:
         self.request = request
         self.future = future
-        self.may_be_displaced = may_be_displaced
+        self.times = times
+        """It has begun anew."""
 
 
 class Bridge:
@@ -60,7 +61,7 @@ class Bridge:
 
     Interactive requests go before the others, here as in the engine: they have a thread of their own for
     loading, and where host memory is full of adapters that rows of the queue have reserved, the rows of
-    one of these have to begin anew. None has to more than a few times.
+    one of these have to begin anew. One row at a time that had to often enough is kept to its end.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Bridge:
         self._room = AdapterRoom(store, max_passed_over, self._displace)
         self._displacing: set[str] = set()
         """Requests that the engine was told to drop, and that begin anew after that."""
+        self._kept: _Flight | None = None
+        """What is not displaced until its end."""
         self._loaders = ThreadPoolExecutor(load_threads, "adapter-loader")
         self._urgent_loader = ThreadPoolExecutor(1, "interactive-loader")
         self._inbox: queue.SimpleQueue[InferenceRequest | str | None] = queue.SimpleQueue()
@@ -125,8 +128,7 @@ class Bridge:
             await self._room.reserve(key, expected_bytes, interactive=interactive)
             # From here on the release must happen once, and not before the engine let go of the weights.
             await self._load(key, adapter, interactive=interactive)
-            may_be_displaced = not interactive and times < _MOST_DISPLACED
-            completion = await self._fly(request, may_be_displaced=may_be_displaced)
+            completion = await self._fly(request, times)
             if completion is not None:
                 return completion
         raise AssertionError("nobody is displaced for ever")
@@ -201,17 +203,16 @@ class Bridge:
                 raise OutOfMemory(f"Adapter {adapter.name} finds no memory: {exc}") from exc
             raise
 
-    async def _fly(self, request: InferenceRequest, *, may_be_displaced: bool = False) -> Completion | None:
+    async def _fly(self, request: InferenceRequest, times: int = 0) -> Completion | None:
         """What comes of a request; None if it had to make room."""
         assert self._over is not None
         if self._over.done():
             self._let_go(request)
             raise EngineFailed("the engine has stopped")
         future: asyncio.Future[Completion | None] = self._loop.create_future()
-        flight = self._flights[request.id] = _Flight(request, future, may_be_displaced=may_be_displaced)
+        flight = self._flights[request.id] = _Flight(request, future, times)
         self._inbox.put(request)
-        if may_be_displaced:
-            self._room.ask_for_room()  # nobody could be displaced while it was loaded
+        self._room.ask_for_room()  # it could not be displaced while it was loaded
         try:
             return await flight.future
         except asyncio.CancelledError:
@@ -229,11 +230,16 @@ class Bridge:
         """
         if self._displacing:
             return
-        flights: dict[AdapterKey, list[_Flight]] = {}
+        flights: dict[AdapterKey | None, list[_Flight]] = {}
         for flight in self._flights.values():
-            if flight.may_be_displaced and flight.request.adapter is not None:
+            if not flight.request.interactive and flight.request.adapter is not None:
                 flights.setdefault(flight.request.adapter, []).append(flight)
-        alone = [own for key, own in flights.items() if len(own) == self._store.users(key)]
+        if self._kept is None:
+            often = [flight for own in flights.values() for flight in own if flight.times >= _OFTEN]
+            self._kept = max(often, key=lambda flight: flight.times, default=None)
+        if self._kept is not None:
+            flights.pop(self._kept.request.adapter, None)
+        alone = [own for key, own in flights.items() if key and len(own) == self._store.users(key)]
         for flight in min(alone, key=len, default=[]):
             self._displacing.add(flight.request.id)
             self._inbox.put(flight.request.id)
@@ -294,6 +300,8 @@ class Bridge:
             return
         displaced = request_id in self._displacing
         self._displacing.discard(request_id)
+        if flight is self._kept:
+            self._kept = None
         self._let_go(flight.request)
         if isinstance(outcome, Completion):
             self._count(flight.request.adapter, outcome)

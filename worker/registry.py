@@ -128,6 +128,10 @@ class AdapterRegistry:
         one = self._registered.get(name)
         return None if one is None or one.folder is None else one.said.src
 
+    async def names(self) -> list[str]:
+        """Of all adapters. Raises RegistryUnavailable as `page`."""
+        return sorted((await _off_loop(self._folder.survey)).keys() | self._registered.keys())
+
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]:
         """Adapters by name from number `begin` on, and where the next page begins, if there is one.
 

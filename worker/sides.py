@@ -110,7 +110,9 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         own_tokenizer=core.tokenizers.of,
         workflow=workflows.find,
     )
-    place.calls.models[settings.model_name] = _generation(settings, rows)
+    if registered is not None:
+        place.calls.adapters = registered.names
+    place.calls.models[settings.model_name] = _generation(settings, rows, workflows)
 
     def export() -> None:
         place.exporter.store(core.store.stats())
@@ -226,10 +228,11 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
     return workflows
 
 
-def _generation(settings: Settings, rows: RowRunner) -> Generation:
+def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Generation:
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
-    return Generation(rows.answer, limits, names_of(str(settings.model)))
+    names = sorted(names_of(str(settings.model)), key=len)  # the last part of it first
+    return Generation(rows.answer, limits, names, workflows.knows)
 
 
 def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:

@@ -130,8 +130,11 @@ async def calling(
             max_rows=in_flight_rows,
             workflow=chains.workflows.find,
         )
-        generation = Generation(rows.answer, CallLimits(max_rows, timeout_seconds), {MODEL, "org/tiny"})
+        limits, names = CallLimits(max_rows, timeout_seconds), [MODEL, "org/tiny"]
+        generation = Generation(rows.answer, limits, names, chains.workflows.knows)
         calls.models[MODEL] = generation
+        if registered is not None:
+            calls.adapters = registered.names
         async with serving(
             "127.0.0.1",
             0,

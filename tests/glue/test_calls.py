@@ -457,7 +457,7 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
         worker.calls.models["llama"] = worker.generation
         answers = [await curl(worker, *command) for command in commands]
         assert [answer.status for answer in answers] == [200] * len(commands)
-        ping, single, several, plain, header, scored = [answer.body for answer in answers]
+        ping, single, several, plain, header, chat, models, scored = [answer.body for answer in answers]
         assert ping == {"status": "Healthy"}
         assert set(single) == set(plain) == {"generated_text"}
         assert [set(one) for one in several] == [{"generated_text"}] * 2
@@ -466,6 +466,8 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
         assert header["details"]["inputs"] == "Who goes there?"
         assert header["generated_text"] != plain["generated_text"]
         assert scored[0]["logprob"] < 0
+        assert (chat["object"], chat["model"]) == ("chat.completion", "pirate")
+        assert [one["id"] for one in models["data"]] == [MODEL, "pirate", "robot"]
 
     serve(core, tmp_path / "adapters", tmp_path, scenario)
 
@@ -486,10 +488,74 @@ async def curl(worker: Worker, target: str, *options: str):
 
 def test_the_readme_names_every_route_field_and_error():
     text = README.read_text().partition("\n## Calling over HTTP\n")[2].partition("\n## ")[0]
-    routes = re.findall(r"^\| `([A-Z]+ \S+)` \|", text, re.MULTILINE)
+    routes = re.findall(r"`([A-Z]+ /\S+)`", text)
     documented = re.findall(r"^ *([A-Z]+) +(/\S+)", str(inference_api.__doc__), re.MULTILINE)
-    assert routes == [" ".join(one) for one in documented]
+    assert sorted(routes) == sorted(" ".join(one) for one in documented)
     assert all(f"`{field}`" in text for field in FIELDS - {"stream"})
     rows = re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
     told = {int(code) for row in rows for code in row.split(", ")}
     assert told == {*STATUSES.values(), 400, 401, 403, 404, 405, 408, 413, 415, 503}
+
+
+@pytest.mark.parametrize("target", ["/v1/chat/completions", "/invocations"])
+def test_a_chat_of_openais_is_answered_as_one(run, target):
+    async def scenario(worker: Worker):
+        messages = [{"role": "user", "content": "who"}]
+        body = {"model": "a1", "messages": messages, "max_tokens": 5, "temperature": 0, "logprobs": True}
+        answer = await worker.invoke(body, target)
+        assert answer.status == 200, answer.body
+        (choice,) = answer.body["choices"]
+        (result,) = await worker.job(
+            [{"messages": messages}], adapters="a1", parameters={"max_new_tokens": 5}
+        )
+        assert choice["message"]["content"] == result.text
+        assert len(choice["logprobs"]["content"]) == 5
+        assert (answer.body["object"], answer.body["model"]) == ("chat.completion", "a1")
+        assert answer.body["usage"]["completion_tokens"] == 5
+        assert answer.body["system_fingerprint"] == result.adapter_version
+
+    run(scenario)
+
+
+def test_a_completion_of_openais_is_answered_as_one_by_the_base_or_the_adapter_of_the_header(run):
+    async def scenario(worker: Worker):
+        body = {"model": "org/tiny", "prompt": "one", "max_tokens": 7, "temperature": 0}
+        for headers, adapter in (({}, None), ({HEADER: "a2"}, "a2")):
+            answer = await worker.invoke(body, "/v1/completions", **headers)
+            says = await said_by(worker, "one", adapter, max_new_tokens=7)
+            assert (answer.status, answer.body["choices"][0]["text"]) == (200, says)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"model": "nobody", "prompt": "x"}, 404, "Adapter nobody is not registered"),
+        ({"model": "tiny", "prompt": "x", "stream": True}, 400, "parameter stream is true"),
+        ({"model": "tiny", "prompt": "x", "n": 2}, 400, "parameter n is 2"),
+        ({"prompt": "x"}, 400, "the row's body.model is null"),
+        ({"model": "tiny"}, 400, "the row's body.prompt is null"),
+        ({"model": "tiny", "inputs": "x"}, 400, "parameter 'inputs' is unknown"),
+        ([], 400, "The body is JSON and not an object"),
+    ],
+)
+def test_what_is_wrong_with_a_body_of_openais_is_told(run, body, status, says):
+    async def scenario(worker: Worker):
+        answer = await worker.invoke(body, "/v1/completions")
+        assert (answer.status, answer.body["code"]) == (status, status)
+        assert answer.body["message"].startswith(says)
+
+    run(scenario)
+
+
+def test_models_are_the_base_and_its_adapters(run):
+    async def scenario(worker: Worker):
+        answer = await worker("GET", "/v1/models")
+        assert [one["id"] for one in answer.body["data"]] == [MODEL, *(f"a{number}" for number in range(6))]
+        assert {one.get("parent") for one in answer.body["data"]} == {None, MODEL}
+        for target in ("/v1", "/v1/models/a0", "/v1/chat", "/v1/embeddings"):
+            assert (await worker("GET", target)).status == 404, target
+        assert (await worker("GET", "/v1/completions")).status == 405
+
+    run(scenario)

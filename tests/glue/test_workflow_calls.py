@@ -62,6 +62,10 @@ def test_a_workflow_answers_what_its_calls_answer_one_after_the_other(play, tmp_
         for adapter in ("polite.pirate", "", "polite.robot"):
             text = await text_of(worker, "/invocations", text, adapters=adapter)
         assert whole == text
+        asked = {"model": "polite", "prompt": "hello there", "max_tokens": 6, "temperature": 0}
+        for target in ("/v1/completions", "/predictions/polite"):
+            completed = await worker.invoke(asked, target)
+            assert (completed.status, completed.body["choices"][0]["text"]) == (200, whole)
         alone = await text_of(worker, "/invocations", "hello there", adapters="polite.robot")
         assert whole != alone
         await worker.settled()

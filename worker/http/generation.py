@@ -1,7 +1,8 @@
 """The base model and its adapters, called over HTTP: a body -> rows -> the engine -> an answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from worker.errors import InvalidMessage
@@ -9,6 +10,7 @@ from worker.http.answers import Refused
 from worker.http.calls import Call, Reply
 from worker.jobs import Failure, Row, RowResult
 from worker.wire.calls import Asked, parse_body, read_call, write_answer
+from worker.wire.openai_calls import read_openai_call, shape_of, write_openai_answer
 from worker.wire.results import failure_in
 
 Answering = Callable[[str, Sequence[Row], float], Awaitable[list[RowResult]]]
@@ -39,8 +41,18 @@ class Generation:
     The rows of all calls together are bounded: what comes beyond that is refused at once, to be tried again.
     """
 
-    def __init__(self, answering: Answering, limits: CallLimits, base_models: Collection[str]) -> None:
-        """`base_models` are the names by which a request may call the base model."""
+    def __init__(
+        self,
+        answering: Answering,
+        limits: CallLimits,
+        base_models: Sequence[str],
+        is_workflow: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """`base_models` are the names by which a request may call the base model, the first in answers.
+
+        `is_workflow` tells what else OpenAI's `model` may name, beside adapters.
+        """
+        self._is_workflow = is_workflow
         self._answering = answering
         self._limits = limits
         self._base_models = base_models
@@ -57,18 +69,34 @@ class Generation:
         results = await self._run(call, asked)
         failures = [failure_in(result) for result in results]
         if asked.is_single and failures[0] is not None:
-            raise _refusal(failures[0])
-        body = await asyncio.to_thread(write_answer, asked, results)
+            raise _refusal(failures[0], is_openai=asked.is_openai)
+        body = await asyncio.to_thread(self._write, call, asked, results)
         return Reply(body, outcomes=tuple(failure.code if failure else "completed" for failure in failures))
 
     def _read(self, call: Call) -> Asked:
-        return read_call(
-            _body(call),
-            max_rows=self._limits.max_rows,
-            adapter=call.adapter,
-            base_models=self._base_models,
-            workflow=call.workflow,
+        body, names = _body(call), self._base_models
+        shape = call.shape or shape_of(body)
+        if shape is None:
+            return read_call(
+                body,
+                max_rows=self._limits.max_rows,
+                adapter=call.adapter,
+                base_models=names,
+                workflow=call.workflow,
+            )
+        workflow, model = call.workflow, body.get("model")
+        if workflow is None and isinstance(model, str) and self._is_workflow(model):
+            workflow = model
+        row = read_openai_call(
+            body, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow
         )
+        return Asked((row,), is_single=True, is_openai=True)
+
+    def _write(self, call: Call, asked: Asked, results: Sequence[RowResult]) -> bytes:
+        if not asked.is_openai:
+            return write_answer(asked, results)
+        created, base_model = int(time.time()), self._base_models[0]
+        return write_openai_answer(results[0], call_id=call.id, created=created, base_model=base_model)
 
     async def _run(self, call: Call, asked: Asked) -> list[RowResult]:
         rows = len(asked.rows)
@@ -94,8 +122,11 @@ def _body(call: Call) -> dict[str, Any]:
     raise Refused(415, "The content type must be application/json, or text/plain for one prompt")
 
 
-def _refusal(failure: Failure) -> Refused:
-    refused = Refused(STATUSES.get(failure.code, 400), failure.message)
+def _refusal(failure: Failure, *, is_openai: bool) -> Refused:
+    status = STATUSES.get(failure.code, 400)
+    if is_openai and failure.code == "adapter_not_found":
+        status = 404  # there an adapter is a model
+    refused = Refused(status, failure.message)
     refused.outcome = failure.code
     return refused
 

@@ -3,19 +3,22 @@
 POST /invocations               the worker's model, or the one that ?model_name= names
 POST /predictions/{model}       the model of this name
 GET  /ping                      200 when calls are answered, else 503 with the reason
+POST /v1/chat/completions       as OpenAI's: `model` is the base model's name or an adapter's
+POST /v1/completions            likewise
+GET  /v1/models                 the base model and its adapters
 """
 
 import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from worker.errors import EngineFailed
+from worker.errors import EngineFailed, RegistryUnavailable
 from worker.http.answers import Refused, answer, refusal
 from worker.http.bodies import read_body
 from worker.http.calls import Call, Model, Reply
@@ -23,10 +26,12 @@ from worker.http.handler_api import HandlerApi
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
 from worker.metrics import Metrics
+from worker.wire.openai_calls import write_models
+from worker.wire.openai_rows import URLS
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = frozenset({"invocations", "predictions", "ping"})
+PREFIXES = frozenset({"invocations", "predictions", "ping", "v1"})
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _LOOK_SECONDS = 0.2
 """Between two looks whether the client is there yet."""
@@ -62,6 +67,8 @@ class InferenceApi:
         """What answers in the place of `models`, where there is one."""
         self.is_workflow: Callable[[str], bool] = lambda _: False
         """Whether a name that is no model's is one of a workflow of the worker's model."""
+        self.adapters: Callable[[], Awaitable[list[str]]] = _none
+        """Names of those that can be asked for."""
         self.num_calls = 0
         """That are read or at work."""
         self._idle = asyncio.Event()
@@ -80,6 +87,8 @@ class InferenceApi:
             if refused.outcome is not None:
                 self._metrics.http_rows.labels(refused.outcome).inc()
             return refusal(refused)
+        except RegistryUnavailable as error:
+            return refusal(Refused(503, str(error)))
         except EngineFailed:
             return refusal(Refused(503, "The worker is not ready: the engine has stopped"))
         except Exception:
@@ -96,29 +105,35 @@ class InferenceApi:
         await self._idle.wait()
 
     async def _run(self, request: web.Request) -> web.StreamResponse:
-        match segments_of(request):
-            case ["ping"]:
+        segments, model, shape = segments_of(request), None, None
+        match segments:
+            case ["ping"] | ["v1", "models"]:
                 _expect_method(request, "GET", "HEAD")
                 self._expect_ready()
-                return answer({"status": "Healthy"})
+                listed = len(segments) > 1
+                return answer(await self._list() if listed else {"status": "Healthy"})
             case ["invocations"]:
-                _expect_method(request, "POST")
-                model = None
+                pass
             case ["predictions", segment]:
-                _expect_method(request, "POST")
                 model = decoded(segment)
+            case ["v1", *_] if "/" + "/".join(segments) in URLS:
+                shape = URLS["/" + "/".join(segments)]
             case _:
                 raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
+        _expect_method(request, "POST")
         if self.handler is not None:
-            return await self._handled(request, model, self.handler)
-        reply = await self._call(request, model)
+            return await self._handled(request, model, shape, self.handler)
+        reply = await self._call(request, model, shape)
         for outcome in reply.outcomes:
             self._metrics.http_rows.labels(outcome).inc()
         return web.Response(body=reply.body, status=reply.status, content_type=reply.content_type)
 
-    async def _call(self, request: web.Request, name: str | None) -> Reply:
+    async def _list(self) -> dict[str, Any]:
+        return write_models(self._model, await self.adapters())
+
+    async def _call(self, request: web.Request, name: str | None, shape: str | None) -> Reply:
         parameters = Parameters(request.rel_url.raw_query_string)
-        if name is None:
+        if name is None and shape is None:
             name = parameters.take("model_name")
         adapter = _adapter(request, parameters.take("adapter"))
         parameters.end()
@@ -132,13 +147,15 @@ class InferenceApi:
         with self._at_work():
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
             headers = {key.lower(): value for key, value in request.headers.items()}
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow)
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow, shape)
             return await _while_there(request, model, call)
 
     async def _handled(
-        self, request: web.Request, name: str | None, handler: HandlerApi
+        self, request: web.Request, name: str | None, shape: str | None, handler: HandlerApi
     ) -> web.StreamResponse:
         self._expect_ready()
+        if shape is not None:
+            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
         if name not in {None, self._model}:
             raise Refused(404, f"The model {name} was not found")
         with self._at_work():
@@ -167,6 +184,10 @@ class InferenceApi:
         reason = self._not_ready()
         if reason is not None:
             raise Refused(503, f"The worker is not ready: {reason}", headers={"Retry-After": "5"})
+
+
+async def _none() -> list[str]:
+    return []
 
 
 async def _while_there(request: web.Request, model: Model, call: Call) -> Reply:

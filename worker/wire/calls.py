@@ -24,6 +24,8 @@ class Asked(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...]
     is_single: bool
     """Whether `inputs` was one text: then so is the answer."""
+    is_openai: bool = False
+    """Whether the body is one of OpenAI's API."""
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
