@@ -25,8 +25,6 @@ async def fetch_workflow(url: str, store: Store) -> Workflow:
             content, _ = await store.get(place, max_bytes=MAX_BYTES)
         except ObjectNotFound as error:
             raise InvalidWorkflow(f"url is {url!r}; there is no {place}") from error
-        except AttributeError:  # of clients that were not opened
-            raise InvalidWorkflow(f"url is {url!r}; this worker has nothing to do with S3") from None
         except StoreRefused as error:
             raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error}") from error
         except StoreUnavailable as error:

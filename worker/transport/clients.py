@@ -79,6 +79,10 @@ class Clients:
         self._max_attempts = max_attempts
         self._stack = AsyncExitStack()
 
+    @property
+    def is_open(self) -> bool:
+        return hasattr(self, "objects")
+
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             try:
