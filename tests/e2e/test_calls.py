@@ -1,6 +1,7 @@
 """Calls of a real worker over HTTP: beside its queue, and without one."""
 
 import json
+import shutil
 import signal
 import threading
 import urllib.error
@@ -40,7 +41,7 @@ def test_a_worker_without_a_queue_answers_calls_until_it_is_told_to_stop(mill: M
     folder = mill.folder / mill.new_name()
     (folder / "adapters").mkdir(parents=True)
     for name, path in adapter_paths.items():
-        (folder / "adapters" / name).symlink_to(path)
+        shutil.copytree(path, folder / "adapters" / name)
     flags = [
         "--model",
         str(base),
@@ -74,13 +75,15 @@ def test_a_worker_without_a_queue_answers_calls_until_it_is_told_to_stop(mill: M
 def test_calls_beside_the_queue_end_before_a_worker_does(mill: Mill, versions):
     """SIGTERM lets a call at work end, and refuses those that come after."""
     queue = mill.queue()
-    with mill.worker(LORAMILL_QUEUE_URL=queue.url) as worker:
+    hello = {"inputs": "hello", "parameters": PARAMETERS}
+    with mill.worker("--sync", LORAMILL_QUEUE_URL=queue.url) as worker:
         worker.wait_ready()
+        for name in versions:  # which the mirror is about to bring; a call does not wait for it
+            wait_until(lambda name=name: call(worker, hello | {"adapters": name})[0] == 200, name)
         long = {"max_new_tokens": 120, "ignore_eos": True}
         job = queue.send(inputs=["row"] * 100, adapters="green", parameters=long)
-        worker.wait_at_work()
-        status, _ = call(worker, {"inputs": "hello", "adapters": "red", "parameters": PARAMETERS})
-        assert status == 200
+        wait_until(lambda: worker.metric("loramill_rows_in_flight") == 100, "the job's rows")
+        assert call(worker, hello | {"adapters": "red"})[0] == 200
         assert mill.manifest(job) is None, "the job is at work yet"
         said: list[tuple[int, Any]] = []
         body = {"inputs": ["hello"] * 8, "adapters": "blue", "parameters": long}
