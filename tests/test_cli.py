@@ -145,7 +145,7 @@ def test_worker_says_which_required_settings_are_missing(cli):
     model = "model: required, and not set; set LORAMILL_MODEL or --model"
     queue = "queue_url: required, and not set; set LORAMILL_QUEUE_URL or --queue-url"
     output = "output_prefixes: required, and not set; set LORAMILL_OUTPUT_PREFIXES or --output-prefixes"
-    assert_misuse(cli("worker", "--output-prefixes", "s3://b/out/"), model, queue)
+    assert_misuse(cli("worker", "--output-prefixes", "s3://bucket/out/"), model, queue)
     assert_misuse(cli("worker", "--queue-url", "https://host/1/jobs"), model, output)
     assert_misuse(cli("worker"), model)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import tiny
 from tests.engine.harness import Harness
 from worker.engine import merging
 from worker.engine.adapter import LoRAPair
@@ -182,3 +183,19 @@ def test_without_memory_to_merge_rows_go_on_unmerged(kind, prompts, monkeypatch)
     for number, prompt in enumerate(prompts):
         answer = list(done[str(number)].token_ids)
         assert answer == model.greedy(0, prompt, answer)
+
+
+def test_an_adapter_that_does_more_than_add_stays_unmerged_and_says_what_peft_says(tmp_path, prompts):
+    base = tiny.make_base(tmp_path / "base")
+    paths = [
+        tiny.make_adapter(tmp_path / name, base, seed=seed, r=4, target_modules=tiny.MLP, **more)
+        for seed, (name, more) in enumerate({"plain": {}, "dora": {"use_dora": True}}.items(), 1)
+    ]
+    harness = Harness(base, lora_mode=LoRAMode.MERGED)
+    plain, dora = (harness.adapter(path) for path in paths)
+    for key, path, merges in ((dora, paths[1], False), (plain, paths[0], True), (dora, paths[1], False)):
+        harness.stats.clear()
+        done = harness.run(requests(key, prompts))
+        assert any(stats.merged for stats in harness.stats) == merges
+        expected = tiny.peft_generate(base, path, prompts, NEW)
+        assert [list(done[str(number)].token_ids) for number in range(len(prompts))] == expected
