@@ -1,12 +1,12 @@
 """An engine over a folder of base model and some adapters, driven to the end of its work."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.base_model import load_base_model
+from worker.engine.base_model import BaseModel, load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import Leftover
@@ -37,23 +37,25 @@ class Harness:
         tuner: Tuner | None = None,
         look_ahead: bool | None = None,
     ) -> None:
-        self.base = load_base_model(
-            base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len
-        )
         limits = EngineLimits(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
-            lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
+            lora_dtype=lora_dtype or product_dtype(getattr(torch, dtype), torch.device(device)),
         )
-        self.runner = ModelRunner(
-            self.base,
-            limits,
-            cache_shape=cache_shape,
-            memory_share=memory_share,
-            kernels=kernels,
-            tuner=tuner,
+        self.base, self.runner = self.make(
+            lambda **options: load_base_model(
+                base, device=torch.device(device), dtype=dtype, max_model_len=max_model_len, **options
+            ),
+            lambda base, **options: ModelRunner(
+                base,
+                limits,
+                cache_shape=cache_shape,
+                memory_share=memory_share,
+                kernels=kernels,
+                **{"tuner": tuner, **options},
+            ),
         )
         self._limits = limits
         self._options = {
@@ -61,6 +63,13 @@ class Harness:
             "look_ahead": device != "cpu" if look_ahead is None else look_ahead,
         }
         self._start()
+
+    def make(
+        self, load: Callable[..., BaseModel], build: Callable[..., ModelRunner]
+    ) -> tuple[BaseModel, ModelRunner]:
+        """The model and what runs it; `load` and `build` take more options."""
+        base = load()
+        return base, build(base)
 
     def _start(self) -> None:
         limits = self._limits

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from worker.engine.parallel.cuts import plan_cuts
 from worker.engine.products import has_bfloat16
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import ModelError
@@ -71,8 +72,11 @@ def load_base_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
+    degree: int = 1,
 ) -> BaseModel:
     """The model and tokenizer in folder `path` (or of that hub id), ready for inference on `device`.
+
+    If `degree` devices are to share it, it stays on the host, whole.
 
     Raises ModelError if it cannot be read, is no decoder-only language model, or attends in a way that
     transformers' attention interface does not reach.
@@ -80,7 +84,10 @@ def load_base_model(
     with _readable_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
-        _check_memory(_outline(config, trust_remote_code), chosen, device)
+        outline = _outline(config, trust_remote_code)
+        if degree > 1:
+            plan_cuts(outline, degree)  # before it takes the time and the memory
+        _check_memory(outline, chosen, device if degree == 1 else torch.device("cpu"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -90,7 +97,9 @@ def load_base_model(
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ModelError(f"the base model at {path} lacks weights: {missing}")
     _check_supported(model)
-    model.requires_grad_(False).train(False).to(device)
+    model.requires_grad_(False).train(False)
+    if degree == 1:
+        model.to(device)
     return BaseModel(
         model=model,
         tokenizer=Tokenizer(tokenizer),

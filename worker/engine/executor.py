@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from worker.engine.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.projections import Projection
 from worker.engine.transfer import to_device
 
@@ -73,6 +74,26 @@ class Executor(abc.ABC):
                 rows[number].blocks[0],
             ),
         )
+
+    def put(self, slot: int, weights: LoRAWeights) -> None:
+        """Replace whatever a LoRA slot holds."""
+        self.lora.put(slot, weights)
+
+    def scrub(self, leftovers: Sequence[Leftover]) -> None:
+        """Zero what earlier rows have left in blocks."""
+        for leftover in leftovers:
+            self._attention.scrub(*leftover)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Make blocks begin with what others begin with, one after the other."""
+        for copy in copies:
+            self._attention.copy(*copy)
+
+    def check(self) -> None:
+        """Raise EngineFailed if what runs gave since the last time may be wrong."""
+
+    def close(self) -> None:
+        """End what runs beside this process."""
 
     @abc.abstractmethod
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:

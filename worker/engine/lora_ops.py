@@ -43,7 +43,11 @@ def add_lora_reference(
 
 def add_stack(x: torch.Tensor, y: torch.Tensor, stack: Stack) -> None:
     """Add one adapter to y in place: one product, and one for each module."""
-    h = x @ stack.a
+    expand_stack(x @ stack.a, y, stack)
+
+
+def expand_stack(h: torch.Tensor, y: torch.Tensor, stack: Stack) -> None:
+    """Add to y in place what the b's make of h [T, R], which is x @ a."""
     for part in stack.parts:
         y[:, part.columns].addmm_(h[:, part.ranks], part.b)
 

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.pages import give_back_freed
+from worker.engine.parallel.share import Share
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.sampler import Sample, Sampled, choose, collect, fetch, prepare
 from worker.engine.scheduler import Batch, ScheduledRow
 from worker.engine.scores import Scores
 from worker.engine.sequence import Scored
 from worker.engine.transfer import to_device
-from worker.errors import ModelError
+from worker.errors import EngineFailed, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +92,19 @@ class ModelRunner:
         costs: Costs | None = None,
         tuner: Tuner | None = None,
         kernels: bool | None = None,
+        share: Share | None = None,
     ) -> None:
         """`memory_share` is the part of the memory left by the weights that the KV cache may take.
 
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
         what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
-        do, and `tuner` fits those of LoRA to the device.
+        do, and `tuner` fits those of LoRA to the device. With a `share` the model, which is whole and on the
+        host, is cut down to it; all ranks construct theirs at the same time, and alike.
         """
         self._base = base
         self._model = base.model
         self._limits = limits
+        self._share = share
         self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
         self.timings = Timings(0.0, 0.0, 0.0)
@@ -108,7 +113,11 @@ class ModelRunner:
         """Token ids from this on are unknown to the model."""
         self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
         try:
-            self._build(cache_shape, memory_share, costs, tuner)
+            expected = self._expect()
+            if share is not None:
+                share.take(self._model)
+                self._model.to(base.device)  # type: ignore[arg-type]
+            self._build(expected, cache_shape, memory_share, costs, tuner)
         except (ModelError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as exc:  # whatever a model's own code makes of the example
@@ -116,20 +125,31 @@ class ModelRunner:
             raise ModelError(f"{name} cannot be served: a short example ended with {exc!r}") from exc
 
     @torch.inference_mode()
+    def _expect(self) -> torch.Tensor | None:
+        """The logits of the plain model; None on a rank that leaves it to rank 0 to look at them."""
+        share = self._share
+        if share is not None and share.group.rank.number:
+            return None
+        expected = self._probe.expected(
+            self._model, self._base.device if share is None else torch.device("cpu")
+        )
+        self.num_logits: int = expected.shape[-1]
+        """Token ids from this on are never generated."""
+        return expected
+
+    @torch.inference_mode()
     def _build(
         self,
+        expected: torch.Tensor | None,
         cache_shape: CacheShape | None,
         memory_share: float | None,
         costs: Costs | None,
         tuner: Tuner | None,
     ) -> None:
-        model, device = self._model, self._base.device
-        expected = self._probe.expected(model, device)
-        self.num_logits: int = expected.shape[-1]
-        """Token ids from this on are never generated."""
+        model, device, share = self._model, self._base.device, self._share
         model.set_attn_implementation(self._attention.name)
         found = self._discover(self._probe)
-        self.targets: dict[str, Target] = found.targets
+        self.targets: dict[str, Target] = found.targets if share is None else share.whole(found.targets)
         """Modules that adapters may name."""
         projections = self._project(found)
         give_back_freed()
@@ -144,14 +164,28 @@ class ModelRunner:
         blocks, size = self.cache_shape
         return blocks * size * self._attention.bytes_per_token
 
+    @property
+    def executor(self) -> Executor:
+        return self._executor
+
+    def lead(self, lead: Callable[[Executor], Executor]) -> None:
+        """From now on everything goes by what `lead` makes of the executor: it has others do the same."""
+        self._executor = lead(self._executor)
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        self._executor.close()
+
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
-        self._executor.lora.put(slot, weights)
+        self._executor.put(slot, weights)
 
     @torch.inference_mode()
     def is_sound(self) -> bool:
         """Whether a batch that is known to be good can still be computed. Leaves the cache alone."""
         try:
             return bool(torch.isfinite(self._executor.run_uncached(self._probe.prompts)).all())
+        except EngineFailed:
+            raise
         except Exception:  # what it cannot do is what was asked
             logger.exception("a batch that is known to be good failed")
             return False
@@ -159,15 +193,14 @@ class ModelRunner:
     @torch.inference_mode()
     def scrub(self, leftovers: Iterable[Leftover]) -> None:
         """Zero what earlier rows have left in blocks. The kernels never read it: with them it may stay."""
-        if not self._kernels:
-            for leftover in leftovers:
-                self._attention.scrub(*leftover)
+        if not self._kernels and (places := [*leftovers]):
+            self._executor.scrub(places)
 
     @torch.inference_mode()
     def copy_prefixes(self, copies: Iterable[BlockCopy]) -> None:
         """Make blocks begin with what others begin with, one after the other."""
-        for copy in copies:
-            self._attention.copy(*copy)
+        if own := [*copies]:
+            self._executor.copy(own)
 
     def run(self, batch: Batch) -> "Outcome":
         """Put `batch` through the model and wait for what comes of it; see `launch`."""
@@ -219,6 +252,7 @@ class ModelRunner:
         started = time.perf_counter()
         samples = [] if launched.fetched is None else collect(launched.fetched)
         scores = launched.scores.collect()
+        self._executor.check()
         self.timings = self.timings._replace(
             sample_seconds=self.timings.sample_seconds + time.perf_counter() - started
         )
@@ -251,7 +285,8 @@ class ModelRunner:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
         lora = LoRALayers({}, max_loras=0)
         executor = HostExecutor(self._model, self._attention, [], lora, self._base.device, block_size=1)
-        found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
+        with nullcontext() if self._share is None else self._share.disguised(self._model):
+            found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
         layers = self._base.model.config.get_text_config().num_hidden_layers
         if sorted(self._attention.shapes) != list(range(layers)):
             raise ModelError(
@@ -265,10 +300,14 @@ class ModelRunner:
         """Take over the model's linear modules; the head as well, though no adapter may use it."""
         modules, keep = dict(self._model.named_modules()), tied_weights(self._model)
         projections = {}
-        for names in found.groups:
-            projections[names] = Projection([modules[name] for name in names], keep)
+        share = self._share
+        for group in found.groups:
+            for names in [group] if share is None else share.divide(group):
+                exchange = None if share is None else share.exchange(names)
+                projections[names] = Projection([modules[name] for name in names], keep, exchange)
         if found.head is not None:
-            Projection([modules[found.head]], keep)  # the module holds it
+            exchange = None if share is None else share.exchange([found.head])
+            Projection([modules[found.head]], keep, exchange)  # the module holds it
         return projections
 
     def _make_executor(
@@ -296,7 +335,8 @@ class ModelRunner:
             block_size=size,
             max_blocks=-(-self._base.max_model_len // size),
             max_num_seqs=self._limits.max_num_seqs,
-            capture=CudaCapture(device) if device.type == "cuda" else None,
+            # Collectives in a captured graph have not been tried.
+            capture=CudaCapture(device) if device.type == "cuda" and self._share is None else None,
         )
 
     def _check_windows(self) -> None:
@@ -319,7 +359,14 @@ class ModelRunner:
         """One block a sequence where all of them fit at full length, else small blocks in what there is."""
         length, device = self._base.max_model_len, self._base.device
         share = _MEMORY_SHARE[device.type] if memory_share is None else memory_share
-        budget = int(free_memory(device) * share)
+        if self._share is not None:
+            group = self._share.group
+            # The ranks of a host share its memory; all that each lets go of has been let go of by all.
+            group.least(0)
+            budget = int(free_memory(device) * share)
+            budget = group.least(budget // (group.rank.degree if device.type == "cpu" else 1))
+        else:
+            budget = int(free_memory(device) * share)
         tokens = budget // self._attention.bytes_per_token
         if tokens >= max_num_seqs * length and device.type == "cpu":
             return CacheShape(max_num_seqs, length)
@@ -334,17 +381,22 @@ class ModelRunner:
             )
         return CacheShape(blocks, _PAGED_BLOCK_SIZE)
 
-    def _verify(self, probe: "_Probe", expected: torch.Tensor) -> None:
-        """Put each row through in chunks, then token by token; all logits must be the model's own."""
+    def _verify(self, probe: "_Probe", expected: torch.Tensor | None) -> None:
+        """Put each row through in chunks, then token by token; all logits must be the model's own.
+
+        Without them this is a rank that takes its part, and leaves it to rank 0 to judge.
+        """
         size = self.cache_shape.block_size
         blocks = list(range(-(-probe.length // size)))
         worst = 0.0
-        for row, own in enumerate(expected):
+        for row in range(len(probe.prompts)):
             got = []
             for offset, tokens in probe.steps(row):
                 logits = self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))])
                 got.append(logits.clone())  # the next run may overwrite them
-            worst = max(worst, float((torch.cat(got).float() - own).norm() / own.norm()))
+            if expected is not None:
+                own = expected[row]
+                worst = max(worst, float((torch.cat(got).float().to(own.device) - own).norm() / own.norm()))
             for block in blocks:
                 self._attention.scrub(block, 0, min(size, probe.length))
         limit = _TOLERANCE[self._base.dtype]

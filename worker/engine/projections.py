@@ -4,9 +4,9 @@ The model keeps its modules and their names: only their `forward` is replaced. T
 is called computes all of it, as one product, and the others hand out their part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,30 @@ class Addition(Protocol):
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Read x [T, in], change y [T, out] in place."""
+
+
+class LoRAShare(NamedTuple):
+    """How the ranks that share a projection divide LoRA on it, where they do not do it as if each were alone."""
+
+    parts: int
+    """Ranks among which the rank of A is divided: each has so much less of it than of B's."""
+    columns: slice | None
+    """Of y that this rank's B is for; None for all."""
+    exchange: Callable[[Sequence[torch.Tensor], Sequence[int]], list[torch.Tensor]]
+    """What this rank made by its A's, [T, R / parts] each, with the number of modules of each -> what all
+    ranks together made, [T, R]."""
+
+
+class Exchange(Protocol):
+    """What the ranks that share a projection tell each other; see `parallel.share`."""
+
+    lora: LoRAShare | None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in], as the model gives it -> what this rank has weights for."""
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., out], made by this rank's weights, and perhaps changed in place -> what the model gets."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,11 +64,14 @@ class Projection:
     Their outputs lie side by side in `[T, sum of out]`; each module returns its columns as a view.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], keep: frozenset[int]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], keep: frozenset[int], exchange: Exchange | None = None
+    ) -> None:
         """Take over the weights of `modules`, but those whose data pointer is in `keep`."""
         self.in_features = features(modules[0])[0]
         self.sizes = [features(module)[1] for module in modules]
         self.addition: Addition | None = None
+        self._exchange = exchange
         self._product, needed = make_product(*_fused(modules))
         if not needed or len(modules) > 1:  # the product has a copy of its own
             for tensor in _weights(modules):
@@ -54,6 +81,17 @@ class Projection:
         self._parts: list[torch.Tensor | None] = []
         for index, module in enumerate(modules):
             module.forward = partial(self._forward, index)
+
+    @property
+    def lora(self) -> LoRAShare | None:
+        """How LoRA on it is divided among ranks; None if it is done as if there were one."""
+        return None if self._exchange is None else self._exchange.lora
+
+    @property
+    def lora_sizes(self) -> tuple[int, ...]:
+        """The outs that this rank's LoRA adds to, for each module."""
+        columns = None if self.lora is None else self.lora.columns
+        return tuple(self.sizes) if columns is None else (columns.stop - columns.start,)
 
     def forget(self) -> None:
         """Drop what a pass that was broken off has left."""
@@ -70,10 +108,15 @@ class Projection:
         return part
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        exchange = self._exchange
+        if exchange is not None:
+            x = exchange.enter(x)
         y = self._product(x)
         if self.addition is not None:
             self.addition(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
-        return torch.split(y, self.sizes, dim=-1)
+        if exchange is not None:
+            y = exchange.leave(y)
+        return torch.split(y, self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
 
 
 def tied_weights(model: nn.Module) -> frozenset[int]:

@@ -1,0 +1,139 @@
+"""One rank's share of a model: which part of each module it has, and what it tells the others meanwhile."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from worker.engine.adapter import LoRAWeights, Target
+from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_weights, plan_cuts
+from worker.engine.parallel.group import Group
+from worker.engine.projections import Exchange, LoRAShare, features
+
+
+class Share:
+    """What a rank has of one model. With `fully_sharded` both halves of an adapter are cut, else one."""
+
+    def __init__(self, group: Group, *, fully_sharded: bool) -> None:
+        self.group = group
+        self._fully = fully_sharded
+        self._cuts: dict[str, Cut] = {}
+        self._features: dict[str, tuple[int, int]] = {}
+        """Of the whole modules."""
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Leave `model`, which is whole, this rank's parts. Raises ModelError if it cannot be shared."""
+        modules = dict(model.named_modules())
+        self._cuts = plan_cuts(model, self.group.rank.degree)
+        for name, cut in self._cuts.items():
+            self._features[name] = features(modules[name])
+            cut_module(modules[name], cut, self.group.rank)
+
+    def whole(self, targets: Mapping[str, Target]) -> dict[str, Target]:
+        """`targets` with the features that they have in the whole model, which adapters are made for."""
+        whole = {}
+        for name, target in targets.items():
+            into, out = self._features.get(name, target[:2])
+            whole[name] = target._replace(in_features=into, out_features=out)
+        return whole
+
+    def divide(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules with one input in groups that are cut alike; those that the model sees none of stay alone."""
+        groups: dict[object, list[str]] = {}
+        for name in names:
+            cut = self._cuts.get(name)
+            groups.setdefault(name if cut is not None and cut.inside else cut, []).append(name)
+        return [tuple(group) for group in groups.values()]
+
+    def exchange(self, names: Sequence[str]) -> Exchange | None:
+        """What a projection of modules that are cut alike needs of the others."""
+        cut = self._cuts.get(names[0])
+        if cut is None:
+            return None
+        into, out = self._features[names[0]]
+        if cut.side is Side.IN:
+            return _InExchange(self.group, into if cut.inside else None, out, fully=self._fully)
+        return _OutExchange(self.group, out if cut.inside else None, fully=self._fully)
+
+    @contextmanager
+    def disguised(self, model: nn.Module) -> Iterator[None]:
+        """For a pass before projections take over: modules that the model sees whole give and take the whole.
+
+        What the pass computes means nothing.
+        """
+        modules, handles = dict(model.named_modules()), []
+        for name, cut in self._cuts.items():
+            exchange = self.exchange([name])
+            if cut.inside and exchange is not None:
+                handles += [
+                    modules[name].register_forward_pre_hook(lambda _, args, own=exchange: own.enter(args[0])),
+                    modules[name].register_forward_hook(lambda _, args, y, own=exchange: own.leave(y)),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def weights(self, whole: LoRAWeights, rank: Rank) -> LoRAWeights:
+        """The part of an adapter that `rank` needs."""
+        return cut_weights(whole, self._cuts, rank, fully=self._fully)
+
+
+class _OutExchange(Exchange):
+    def __init__(self, group: Group, out: int | None, *, fully: bool) -> None:
+        """`out` is the whole, if that is what the model is to be given."""
+        self._group = group
+        self._out = out
+        self.lora = LoRAShare(group.rank.degree, None, self._gather_ranks) if fully else None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """See Exchange."""
+        return x
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """See Exchange."""
+        if self._out is None:
+            return y
+        degree = self._group.rank.degree
+        widest = -(-self._out // degree)
+        parts = self._group.gather(functional.pad(y, (0, widest - y.shape[-1])))
+        sizes = [part.stop - part.start for part in (Rank(n, degree).part(self._out) for n in range(degree))]
+        if min(sizes) == widest:
+            return parts.movedim(0, -2).flatten(-2)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    def _gather_ranks(self, hs: Sequence[torch.Tensor], modules: Sequence[int]) -> list[torch.Tensor]:
+        """Of each module first what rank 0 has, then rank 1, and so on."""
+        gathered = self._group.gather(torch.cat([h.flatten() for h in hs]))
+        parts = torch.split(gathered, [h.numel() for h in hs], dim=1)
+        return [
+            part.unflatten(1, (len(h), count, -1)).permute(1, 2, 0, 3).flatten(1)
+            for part, h, count in zip(parts, hs, modules, strict=True)
+        ]
+
+
+class _InExchange(Exchange):
+    def __init__(self, group: Group, into: int | None, out: int, *, fully: bool) -> None:
+        """`into` is the whole, if that is what the model gives."""
+        self._group = group
+        self._own = None if into is None else group.rank.part(into)
+        self.lora = LoRAShare(1, group.rank.part(out), self._sum) if fully else None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """See Exchange."""
+        return x if self._own is None else x[..., self._own]
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """See Exchange."""
+        self._group.sum_(y)
+        return y
+
+    def _sum(self, hs: Sequence[torch.Tensor], _: Sequence[int]) -> list[torch.Tensor]:
+        flat = torch.cat([h.flatten() for h in hs])
+        self._group.sum_(flat)
+        parts = torch.split(flat, [h.numel() for h in hs])
+        return [part.view_as(h) for part, h in zip(parts, hs, strict=True)]
