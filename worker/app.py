@@ -71,6 +71,8 @@ class Core(NamedTuple):
     """What adapters may name."""
     cache_tokens: int
     """That the KV cache has room for."""
+    close: Callable[[], None] = lambda: None
+    """Ends what runs beside this process; when nothing is computed any more."""
 
 
 async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
@@ -115,7 +117,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
             # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
             await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
             owned.add(_mirroring(mirror, SyncMetrics(registry), asyncio.Event()))
-        core = await asyncio.to_thread(build_core, settings, weights)
+        core = await stack.enter_async_context(_core(settings, weights))
         await asyncio.to_thread(_tell_mirrors, settings, core.targets)
         if signals.stop.is_set():
             return
@@ -169,29 +171,22 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         await _serve(intake, owned, signals, settings.drain_timeout_seconds)
 
 
+@asynccontextmanager
+async def _core(settings: Settings, weights: str) -> AsyncIterator[Core]:
+    core = await asyncio.to_thread(build_core, settings, weights)
+    try:
+        yield core
+    finally:
+        await asyncio.to_thread(core.close)
+
+
 def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
-    base = load_base_model(
-        weights,
-        device=device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    auto = settings.lora_dtype == "auto"
-    dtype = product_dtype(base.dtype, device) if auto else getattr(torch, settings.lora_dtype)
-    limits = EngineLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
-        max_lora_rank=settings.max_lora_rank,
-        lora_dtype=dtype,
-    )
-    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
-    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    build = _build_alone if settings.tensor_parallel_degree == 1 else _build_with_others
+    base, runner = build(settings, weights, device)
+    dtype = _lora_dtype(settings, base)
     store = LoRAStore(
         AdapterLoader(
             runner.targets,
@@ -225,7 +220,67 @@ def build_core(settings: Settings, weights: str) -> Core:
         },
     )
     shape = runner.cache_shape
-    return Core(base, engine, store, runner.targets, shape.num_blocks * shape.block_size)
+    tokens = shape.num_blocks * shape.block_size
+    return Core(base, engine, store, runner.targets, tokens, runner.close)
+
+
+def _build_alone(settings: Settings, weights: str, device: torch.device) -> tuple[BaseModel, ModelRunner]:
+    base = load_base_model(
+        weights,
+        device=device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    dtype = _lora_dtype(settings, base)
+    limits = EngineLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        lora_dtype=dtype,
+    )
+    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
+    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
+    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    return base, runner
+
+
+def _build_with_others(
+    settings: Settings, weights: str, device: torch.device
+) -> tuple[BaseModel, ModelRunner]:
+    """On several devices, each of which has a process."""
+    from worker.engine.parallel.orders import Setup  # noqa: PLC0415 (few need torch.distributed)
+    from worker.engine.parallel.start import start  # noqa: PLC0415
+
+    setup = Setup(
+        weights=weights,
+        degree=settings.tensor_parallel_degree,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+        fully_sharded=settings.fully_sharded_loras,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        lora_dtype=settings.lora_dtype,
+        memory_share=settings.memory_share,
+    )
+    on_gpu = device.type == "cuda"
+    return start(
+        setup,
+        tuner=_tuner(settings, device) if settings.lora_enabled and on_gpu else None,
+        measure=measure_costs if settings.lora_enabled and not on_gpu else None,
+    )
+
+
+def _lora_dtype(settings: Settings, base: BaseModel) -> torch.dtype:
+    if settings.lora_dtype == "auto":
+        return product_dtype(base.dtype, base.device)
+    dtype: torch.dtype = getattr(torch, settings.lora_dtype)
+    return dtype
 
 
 def _tuner(settings: Settings, device: torch.device) -> Tuner:

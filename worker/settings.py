@@ -231,10 +231,11 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     tensor_parallel_degree: Annotated[
         int,
         Meta(
-            description="Devices that share the model. Only 1 in this version.",
+            description="Devices that share the model, each with a process: GPUs from the first on, or parts "
+            "of the CPU.",
             ge=1,
-            le=1,
-            extra={"option": "tensor_parallel_degree", "expected": "1: this version runs on one device"},
+            le=64,
+            extra={"option": "tensor_parallel_degree"},
         ),
     ] = 1
 
@@ -287,7 +288,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     fully_sharded_loras: Annotated[
         bool,
         Meta(
-            description="Shard both halves of an adapter; without effect on one device.",
+            description="With TENSOR_PARALLEL_DEGREE, divide both halves of an adapter among the devices: "
+            "less memory, and one exchange more. Else one of them.",
             extra={"option": "fully_sharded_loras"},
         ),
     ] = True

@@ -147,7 +147,7 @@ class ParallelHarness(Harness):
     def _follow(self, runner: ModelRunner, share: Share, channel: Channel) -> None:
         try:
             Follower(runner.executor, share.group, channel, torch.device("cpu")).follow(1.0)
-        except Exception:  # as a process ends, and all that wait for it find out
+        except Exception:  # noqa: BLE001 (as a process ends: all that wait for it find out)
             share.group.abort()
         finally:
             channel.close()

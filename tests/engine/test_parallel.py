@@ -7,7 +7,6 @@ import pytest
 
 from tests import tiny
 from tests.engine.ranks import ParallelHarness
-from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
 NEW = 12

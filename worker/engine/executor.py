@@ -89,10 +89,10 @@ class Executor(abc.ABC):
         for copy in copies:
             self._attention.copy(*copy)
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (nothing by default)
         """Raise EngineFailed if what runs gave since the last time may be wrong."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """End what runs beside this process."""
 
     @abc.abstractmethod

@@ -137,7 +137,8 @@ class Field:
             assert pair is not None, "an adapter of another form"
             first = number * a_rank
             stack.a[:, first : first + pair.rank] = pair.a.T
-            part.b.unflatten(0, (parts, a_rank))[:, : pair.rank] = pair.b.T.unflatten(0, (parts, pair.rank))
+            b = part.b.view(parts, a_rank, -1)
+            b[:, : pair.rank] = pair.b.T.reshape(parts, pair.rank, -1)
 
     @property
     def num_modules(self) -> int:

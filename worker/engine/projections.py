@@ -23,7 +23,7 @@ class Addition(Protocol):
 
 
 class LoRAShare(NamedTuple):
-    """How the ranks that share a projection divide LoRA on it, where they do not do it as if each were alone."""
+    """How the ranks that share a projection divide LoRA on it, where none does it as if it were alone."""
 
     parts: int
     """Ranks among which the rank of A is divided: each has so much less of it than of B's."""

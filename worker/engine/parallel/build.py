@@ -2,37 +2,48 @@
 
 import torch
 
-from worker.engine.base_model import BaseModel, load_base_model, resolve_device
+from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
+from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.parallel.cuts import plan_cuts
 from worker.engine.parallel.group import Group
 from worker.engine.parallel.orders import Setup
 from worker.engine.parallel.share import Share
+from worker.engine.products import product_dtype
 from worker.errors import ModelError
 
 
-def device_of(setup: Setup, rank: int) -> torch.device:
-    """Where a rank computes. Raises ModelError if there are too few GPUs."""
-    device = resolve_device(setup.device)
+def device_of(name: str, degree: int, rank: int) -> torch.device:
+    """Where a rank computes, `name` being the setting. Raises ModelError if there are too few GPUs."""
+    device = resolve_device(name)
     if device.type != "cuda":
         return device
     if device.index:
         raise ModelError(
-            f"device is {setup.device} and tensor_parallel_degree {setup.degree}: the GPUs are taken from the "
-            "first on; say cuda, and CUDA_VISIBLE_DEVICES"
+            f"device is {name} and tensor_parallel_degree {degree}: the GPUs are taken from the first on; "
+            "say cuda, and choose them by CUDA_VISIBLE_DEVICES"
         )
     count = torch.cuda.device_count()
-    if setup.degree > count:
-        raise ModelError(f"tensor_parallel_degree is {setup.degree}, and {count} CUDA devices were found")
+    if degree > count:
+        raise ModelError(f"tensor_parallel_degree is {degree}, and {count} CUDA devices were found")
     return torch.device("cuda", rank)
+
+
+def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_code: bool) -> None:
+    """Raise ModelError if the devices are not there, or the model in folder `weights` cannot be divided."""
+    for rank in range(degree):
+        device_of(name, degree, rank)
+    if weights is not None:
+        plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
 
 
 def load_whole(setup: Setup, rank: int) -> BaseModel:
     """The whole model, on the host, for a rank to take its share of. Raises ModelError."""
     return load_base_model(
         setup.weights,
-        device=device_of(setup, rank),
+        device=device_of(setup.device, setup.degree, rank),
         dtype=setup.dtype,
         max_model_len=setup.max_model_len,
         trust_remote_code=setup.trust_remote_code,
@@ -40,7 +51,17 @@ def load_whole(setup: Setup, rank: int) -> BaseModel:
     )
 
 
-def build_runner(setup: Setup, base: BaseModel, group: Group, tuner: Tuner | None) -> tuple[ModelRunner, Share]:
+def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
+    """The type of the adapters' weights."""
+    if setup.lora_dtype == "auto":
+        return product_dtype(base.dtype, base.device)
+    dtype: torch.dtype = getattr(torch, setup.lora_dtype)
+    return dtype
+
+
+def build_runner(
+    setup: Setup, base: BaseModel, group: Group, tuner: Tuner | None, costs: Costs | None
+) -> tuple[ModelRunner, Share]:
     """The runner of a rank, which all build at once. Raises ModelError."""
     share = Share(group, fully_sharded=setup.fully_sharded)
     limits = EngineLimits(
@@ -48,14 +69,14 @@ def build_runner(setup: Setup, base: BaseModel, group: Group, tuner: Tuner | Non
         max_num_batched_tokens=setup.max_num_batched_tokens,
         max_loras=setup.max_loras,
         max_lora_rank=setup.max_lora_rank,
-        lora_dtype=getattr(torch, setup.lora_dtype),
+        lora_dtype=lora_dtype_of(setup, base),
     )
     runner = ModelRunner(
         base,
         limits,
         cache_shape=None if setup.cache_shape is None else CacheShape(*setup.cache_shape),
         memory_share=setup.memory_share,
-        costs=setup.costs,
+        costs=costs,
         tuner=tuner,
         kernels=setup.kernels,
         share=share,

@@ -41,7 +41,7 @@ class Rank(NamedTuple):
     degree: int
 
     def part(self, size: int) -> slice:
-        """This rank's part of `size` things; the parts differ by one at most."""
+        """What is this rank's of `size` things; the parts differ by one at most."""
         return slice(self.number * size // self.degree, (self.number + 1) * size // self.degree)
 
 
@@ -79,8 +79,8 @@ def plan_cuts(model: PreTrainedModel, degree: int) -> dict[str, Cut]:
             continue
         if style not in _CUTS or not isinstance(what, nn.Module) or not is_linear(what):
             raise ModelError(
-                f"tensor_parallel_degree is {degree}, and the plan of {name} has {style} for {path}, which is "
-                "not supported: it must be 1"
+                f"tensor_parallel_degree is {degree}, and the plan of {name} has {style} for {path}, which "
+                "is not supported: it must be 1"
             )
         cuts[path] = _CUTS[style]
         _check_features(path, what, cuts[path], degree)
@@ -111,7 +111,7 @@ def _check_heads(model: PreTrainedModel, degree: int) -> None:
 
 
 def cut_module(module: nn.Module, cut: Cut, rank: Rank) -> None:
-    """Leave `module` its rank's part, in memory of its own. A bias that is added to sums stays with rank 0."""
+    """Leave `module` its rank's part, in memory of its own. A bias is added once: where IN, by rank 0."""
     into, out = features(module)
     given: Any = module
     bias: torch.Tensor | None = given.bias

@@ -86,7 +86,7 @@ class ToldTuner(Tuner):
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def tune(self, situation: Situation) -> Fit:  # noqa: ARG002 (it is rank 0's as well)
+    def tune(self, situation: Situation) -> Fit:
         """See Tuner."""
         told = orders.read_order(self._channel.receive(None))
         assert isinstance(told, orders.Fitted), told
@@ -104,7 +104,8 @@ def main(orders_fd: int, life_fd: int) -> None:
     channel = Channel(socket.socket(fileno=orders_fd), _STILL_SECONDS)
     begin = orders.read_order(channel.receive(None))
     assert isinstance(begin, orders.Begin), begin
-    logging.basicConfig(level=logging.WARNING, format=f"rank {begin.rank}: %(levelname)s %(name)s: %(message)s")
+    form = f"rank {begin.rank}: %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form)
     try:
         _serve(begin, channel)
     except Gone:
@@ -124,7 +125,7 @@ def _serve(begin: orders.Begin, channel: Channel) -> None:
     meet = orders.read_order(channel.receive(None))
     assert isinstance(meet, orders.Meet), meet
     group = ProcessGroup(rank, base.device, Path(begin.place), setup.step_seconds)
-    runner, _ = build_runner(setup, base, group, ToldTuner(channel))
+    runner, _ = build_runner(setup, base, group, ToldTuner(channel), meet.costs)
     channel.send(orders.encode(orders.Done()))
     Follower(runner.executor, group, channel, base.device).follow(setup.settle_seconds)
 

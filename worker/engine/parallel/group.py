@@ -44,7 +44,7 @@ class ProcessGroup(Group):
     """The ranks of `torch.distributed`, each a process of this machine: NCCL for GPUs, gloo for CPUs."""
 
     def __init__(self, rank: Rank, device: torch.device, place: Path, timeout_seconds: float) -> None:
-        """Meet the others at the file `place`, which is there for this; wait so long for any of them, ever."""
+        """Meet the others at the file `place`, which is there for this; wait so long for any of them."""
         self.rank = rank
         self._device = device
         on_gpu = device.type == "cuda"
@@ -55,7 +55,9 @@ class ProcessGroup(Group):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=distributed.FileStore(str(place), rank.degree),
+            store=distributed.FileStore(  # type: ignore[attr-defined]
+                str(place), rank.degree
+            ),
             rank=rank.number,
             world_size=rank.degree,
             timeout=timedelta(seconds=timeout_seconds),
@@ -97,6 +99,7 @@ class ProcessGroup(Group):
 
 def _loopback() -> str:
     """The name of the interface that has 127.0.0.1."""
+    name: str
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             return name

@@ -125,7 +125,7 @@ class LeadingExecutor(Executor):
             answers = self._followers.answers(self._step_seconds)
         for rank, answer in zip(self._followers.ranks, answers, strict=True):
             if isinstance(answer, orders.Failed):
-                raise RuntimeError(f"rank {rank}: {answer.message}")
+                raise RuntimeError(f"rank {rank}: {answer.message}")  # noqa: TRY004 (an answer is no input)
 
     def scrub(self, leftovers: Sequence[Leftover]) -> None:
         """See Executor."""

@@ -31,9 +31,9 @@ class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_loras: int
     max_lora_rank: int
     lora_dtype: str
+    """`auto` is what the device multiplies the model's own type in."""
     memory_share: float | None = None
     cache_shape: tuple[int, int] | None = None
-    costs: Costs | None = None
     kernels: bool | None = None
     step_seconds: float = 120.0
     """How long a rank may wait for another that is no further."""
@@ -55,6 +55,9 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 class Meet(msgspec.Struct, tag=True, frozen=True):
     """All have loaded the model: join the group."""
+
+    costs: Costs | None
+    """What LoRA goes by on a CPU, as rank 0 found it."""
 
 
 class Fitted(msgspec.Struct, tag=True, frozen=True):
@@ -147,11 +150,13 @@ def encode(message: Order | Answer) -> bytes:
 
 
 def read_order(data: bytes | bytearray) -> Order:
-    return _orders.decode(data)
+    order: Order = _orders.decode(data)
+    return order
 
 
 def read_answer(data: bytes | bytearray) -> Answer:
-    return _answers.decode(data)
+    answer: Answer = _answers.decode(data)
+    return answer
 
 
 def pack(slot: int, weights: LoRAWeights) -> tuple[Put, list[memoryview]]:
@@ -163,7 +168,7 @@ def pack(slot: int, weights: LoRAWeights) -> tuple[Put, list[memoryview]]:
     ]
     order = Put(slot, weights.key.name, weights.key.version, str(dtype).removeprefix("torch."), pieces)
     tensors = itertools.chain.from_iterable(weights.pairs.values())
-    return order, [memoryview(one.contiguous().view(-1).view(torch.uint8).numpy()) for one in tensors]
+    return order, [one.contiguous().view(-1).view(torch.uint8).numpy().data for one in tensors]
 
 
 def unpack(order: Put, data: bytearray, *, pin: bool) -> LoRAWeights:

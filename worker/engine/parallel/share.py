@@ -41,7 +41,7 @@ class Share:
         return whole
 
     def divide(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules with one input in groups that are cut alike; those that the model sees none of stay alone."""
+        """Modules with one input in groups that are cut alike; a cut that the model does not see is alone."""
         groups: dict[object, list[str]] = {}
         for name in names:
             cut = self._cuts.get(name)
@@ -111,7 +111,7 @@ class _OutExchange(Exchange):
         gathered = self._group.gather(torch.cat([h.flatten() for h in hs]))
         parts = torch.split(gathered, [h.numel() for h in hs], dim=1)
         return [
-            part.unflatten(1, (len(h), count, -1)).permute(1, 2, 0, 3).flatten(1)
+            part.reshape(len(part), len(h), count, -1).permute(1, 2, 0, 3).flatten(1)
             for part, h, count in zip(parts, hs, modules, strict=True)
         ]
 

@@ -7,16 +7,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from worker.engine.base_model import BaseModel
 from worker.engine.kernels.tilings import Tuner
+from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel import orders
-from worker.engine.parallel.build import build_runner, device_of, load_whole
+from worker.engine.parallel.build import build_runner, device_of, load_whole, lora_dtype_of
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
@@ -28,17 +29,24 @@ _END_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 2.0
 
 
-def start(setup: orders.Setup, tuner: Tuner | None = None) -> tuple[BaseModel, ModelRunner]:
+def start(
+    setup: orders.Setup,
+    *,
+    tuner: Tuner | None = None,
+    measure: Callable[[torch.dtype], Costs] | None = None,
+) -> tuple[BaseModel, ModelRunner]:
     """Load a model with `setup.degree` processes, this one being rank 0. Blocking; minutes.
+
+    `tuner` and `measure` are for LoRA on a GPU and on a CPU; what rank 0 finds holds for all.
 
     `ModelRunner.close` ends the others, and so does the end of this process, in whatever way. One such model
     at a time in a process. Raises ModelError.
     """
-    device_of(setup, 0)
+    device_of(setup.device, setup.degree, 0)
     with tempfile.TemporaryDirectory(prefix="loramill-") as folder:
         ranks = _Ranks(setup, Path(folder) / "ranks")
         try:
-            return ranks.build(tuner)
+            return ranks.build(tuner, measure)
         except BaseException as exc:
             # A rank that failed leaves the others to fail in its absence: its own words say why.
             told = first_failure(ranks.followers, _LAST_WORDS_SECONDS) if isinstance(exc, Exception) else None
@@ -69,7 +77,7 @@ class _Ranks(Processes):
             own, other = socket.socketpair()
             self._channels.append(Channel(own, setup.step_seconds))
             self._processes.append(
-                subprocess.Popen(
+                subprocess.Popen(  # noqa: S603 (it is this program)
                     [sys.executable, "-m", _MODULE, str(other.fileno()), str(life)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=(other.fileno(), life),
@@ -79,7 +87,9 @@ class _Ranks(Processes):
         os.close(life)
         self.followers = Followers(self._channels)
 
-    def build(self, tuner: Tuner | None) -> tuple[BaseModel, ModelRunner]:
+    def build(
+        self, tuner: Tuner | None, measure: Callable[[torch.dtype], Costs] | None
+    ) -> tuple[BaseModel, ModelRunner]:
         """Rank 0's part of it, and the others'."""
         setup, followers = self._setup, self.followers
         for rank in followers.ranks:
@@ -88,12 +98,13 @@ class _Ranks(Processes):
         torch.set_num_threads(self._each)
         base = load_whole(setup, 0)
         _expect(followers.answers(setup.load_seconds), orders.Loaded)
-        followers.tell(orders.Meet())
+        costs = None if measure is None else measure(lora_dtype_of(setup, base))
+        followers.tell(orders.Meet(costs))
         self._group = ProcessGroup(Rank(0, setup.degree), base.device, self._place, setup.step_seconds)
         for rank, process in enumerate(self._processes, start=1):
             name = f"rank-{rank}"
             threading.Thread(target=self._watch, args=(rank, process), name=name, daemon=True).start()
-        runner, share = build_runner(setup, base, self._group, LeadingTuner(tuner, followers))
+        runner, share = build_runner(setup, base, self._group, LeadingTuner(tuner, followers), costs)
         _expect(followers.answers(setup.step_seconds), orders.Done)
         runner.lead(
             lambda own: LeadingExecutor(
