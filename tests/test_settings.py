@@ -257,7 +257,7 @@ def test_keys_that_size_djls_workers_are_noted_and_not_swallowed():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tensor_parallel_degree", "2"),
+        ("tensor_parallel_degree", "65"),
         ("tensor_parallel_degree", "max"),
         ("lora_extra_vocab_size", "256"),
         ("long_lora_scaling_factors", "3.0,4.0"),

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -97,7 +97,7 @@ class ParallelHarness(Harness):
         self._fully = fully_sharded
         super().__init__(base, **options)
 
-    def __enter__(self) -> "ParallelHarness":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,11 +110,11 @@ class ParallelHarness(Harness):
         degree = self._degree
         self.meeting = Meeting(degree)
         self.shares = [Share(group, fully_sharded=self._fully) for group in self.meeting.groups()]
+        bases = [load(degree=degree) for _ in range(degree)]
         pairs = [socket.socketpair() for _ in range(1, degree)]
         own, others = ([Channel(ends[side], TIMEOUT) for ends in pairs] for side in (0, 1))
         followers = Followers(own)
         tuners = [LeadingTuner(None, followers), *map(ToldTuner, others)]
-        bases = [load(degree=degree) for _ in range(degree)]
 
         def construct(number: int) -> ModelRunner:
             try:
@@ -125,6 +125,9 @@ class ParallelHarness(Harness):
 
         with ThreadPoolExecutor(degree) as pool:
             futures = [pool.submit(construct, number) for number in range(degree)]
+        if any(future.exception() for future in futures):
+            for channel in (*own, *others):
+                channel.close()
         self.runners = [future.result() for future in futures]
         threads = [
             threading.Thread(target=self._follow, args=(runner, share, channel), daemon=True)
