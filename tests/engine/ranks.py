@@ -75,7 +75,8 @@ class ThreadGroup(Group):
 
 
 class _Threads(Processes):
-    def __init__(self, channels: list[Channel], threads: list[threading.Thread]) -> None:
+    def __init__(self, meeting: Meeting, channels: list[Channel], threads: list[threading.Thread]) -> None:
+        self._meeting = meeting
         self._channels = channels
         self._threads = threads
 
@@ -85,6 +86,7 @@ class _Threads(Processes):
     def close(self) -> None:
         for channel in self._channels:
             channel.close()
+        self._meeting.barrier.abort()
         for thread in self._threads:
             thread.join(TIMEOUT)
 
@@ -140,7 +142,7 @@ class ParallelHarness(Harness):
                 executor,
                 self.shares[0],
                 followers,
-                _Threads(own, threads),
+                _Threads(self.meeting, own, threads),
                 step_seconds=TIMEOUT,
                 settle_seconds=1.0,
             )

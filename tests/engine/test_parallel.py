@@ -107,9 +107,8 @@ def said(llama, adapters):
 @pytest.mark.parametrize("look_ahead", [False, True], ids=["waiting", "ahead"])
 def test_text_is_the_same_whatever_the_cache_and_the_order(shape, look_ahead, llama, adapters, said):
     def rows(keys):
-        heads = mixed(
-            keys, [HEAD + (number,) * number for number in range(1, 4)], do_sample=True, temperature=1.5
-        )
+        tails = [HEAD + (number,) * number for number in range(1, 4)]
+        heads = mixed(keys, tails, do_sample=True, temperature=1.5)
         return heads + [request(f"own/{n}", own, keys[n % 4]) for n, own in enumerate(prompts(6, seed=4))]
 
     options = {
@@ -267,13 +266,10 @@ def test_an_adapter_with_more_than_pairs_is_not_shared(harness, llama):
         pairs: dict[str, LoRAPair]
         shifts: dict[str, torch.Tensor]
 
+    key, share = AdapterKey("a", "1"), harness.shares[0]
     with pytest.raises(ValueError, match="with shifts cannot be shared"):
-        harness.shares[0].weights(
-            More(AdapterKey("a", "1"), {}, {"x": torch.ones(1)}), harness.shares[0].group.rank
-        )
-    assert harness.shares[0].weights(
-        More(AdapterKey("a", "1"), {}, {}), harness.shares[0].group.rank
-    ) == LoRAWeights(AdapterKey("a", "1"), {})
+        share.weights(More(key, {}, {"x": torch.ones(1)}), share.group.rank)
+    assert share.weights(More(key, {}, {}), share.group.rank) == LoRAWeights(key, {})
 
 
 @pytest.mark.parametrize(

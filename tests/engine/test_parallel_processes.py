@@ -146,6 +146,6 @@ def test_more_ranks_than_gpus_are_refused(llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ModelError, match="tensor_parallel_degree is 2, and 1 CUDA devices were found"):
         start(setup(llama, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(ModelError, match="CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         start(setup(llama, device="cuda:1"))
