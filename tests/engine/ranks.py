@@ -97,6 +97,7 @@ class ParallelHarness(Harness):
     def __init__(self, base: Path, *, degree: int = 2, fully_sharded: bool = True, **options: Any) -> None:
         self._degree = degree
         self._fully = fully_sharded
+        self._tuner = options.pop("tuner", None)
         super().__init__(base, **options)
 
     def __enter__(self) -> Self:
@@ -116,7 +117,7 @@ class ParallelHarness(Harness):
         pairs = [socket.socketpair() for _ in range(1, degree)]
         own, others = ([Channel(ends[side], TIMEOUT) for ends in pairs] for side in (0, 1))
         followers = Followers(own)
-        tuners = [LeadingTuner(None, followers), *map(ToldTuner, others)]
+        tuners = [LeadingTuner(self._tuner, followers), *map(ToldTuner, others)]
 
         def construct(number: int) -> ModelRunner:
             try:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.adapter import LoRAWeights
-from worker.engine.lora_ops import add_stack, expand_stack, weighted_sums
+from worker.engine.lora_ops import add_stack, collected, expand_stack, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
 from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries, every_row
 from worker.engine.projections import LoRAShare, Projection
@@ -183,11 +183,11 @@ def _apply_shared(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor,
     hs += [field.shrink(x, tokens) for field, tokens in rows]
     if not hs:
         return
-    whole = iter(share.exchange(hs, [field.num_modules for field, _ in (*segments, *rows)]))
+    whole = iter(collected(hs, share.collect))
     for field, (entry, start, stop) in segments:
         expand_stack(next(whole), y[start:stop], field.stack(entry))
     for field, tokens in rows:
-        field.expand(next(whole), y, tokens)
+        field.expand(field.side_by_side(next(whole)), y, tokens)
 
 
 def _shape(projections: Sequence[Projection]) -> Shape:

@@ -132,17 +132,17 @@ class Field:
     def write(self, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
         """`pairs` are those of the projection's modules; what they leave of the entry's rank stays."""
         stack, parts, a_rank = self.stack(entry), self._layout.projection.parts, self._layout.a_rank
-        for number, (module, part) in enumerate(zip(self._layout.modules, stack.parts, strict=True)):
+        for module, part in zip(self._layout.modules, stack.parts, strict=True):
             pair = pairs[module]
             assert pair is not None, "an adapter of another form"
-            first = number * a_rank
-            stack.a[:, first : first + pair.rank] = pair.a.T
+            stack.a[:, part.ranks][:, : pair.rank] = pair.a.T
             b = part.b.view(parts, a_rank, -1)
             b[:, : pair.rank] = pair.b.T.reshape(parts, pair.rank, -1)
 
-    @property
-    def num_modules(self) -> int:
-        return len(self._layout.modules)
+    def side_by_side(self, h: torch.Tensor) -> torch.Tensor:
+        """What came of `shrink` in all parts, [parts, T, R / parts] -> [T, R], module by module."""
+        modules = len(self._layout.modules)
+        return h.reshape(*h.shape[:2], modules, -1).permute(1, 2, 0, 3).flatten(1)
 
     def stack(self, entry: int) -> Stack:
         """The entry as matrices; views."""
@@ -156,11 +156,11 @@ class Field:
         self.expand(self.shrink(x, entries), y, entries)
 
     def shrink(self, x: torch.Tensor, entries: "TokenEntries") -> torch.Tensor:
-        """What the tokens of `entries` make by A, [their number, R]."""
+        """What the tokens of `entries` make by A, [their number, R / parts]."""
         return weighted_sums(self._a_rows, entries.chosen(self._shrink), x[entries.tokens].reshape(-1))
 
     def expand(self, h: torch.Tensor, y: torch.Tensor, entries: "TokenEntries") -> None:
-        """Add to y in place what B makes of what came of `shrink`."""
+        """Add to y in place what B makes of h [tokens of `entries`, R]."""
         y = y[entries.tokens]
         weights = h if self._weights is None else h.index_select(1, self._weights)
         sums = weighted_sums(self._b_rows, entries.chosen(self._expand), weights.view(-1))
@@ -175,7 +175,7 @@ class Field:
         layout, memory, parts = self._layout, self._memory[entry], []
         for number, (columns, own) in enumerate(zip(self._columns, self._own_columns, strict=True)):
             start, stop = (layout.b_start + layout.rank * end for end in (own.start, own.stop))
-            ranks = slice(number * layout.rank, (number + 1) * layout.rank)
+            ranks = slice(number * layout.a_rank, (number + 1) * layout.a_rank)
             parts.append(Part(ranks, columns, memory[start:stop].view(layout.rank, -1)))
         a = memory[layout.a_start :][: layout.projection.in_features * layout.a_width]
         return Stack(a.view(-1, layout.a_width), tuple(parts))

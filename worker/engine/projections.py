@@ -29,9 +29,9 @@ class LoRAShare(NamedTuple):
     """Ranks among which the rank of A is divided: each has so much less of it than of B's."""
     columns: slice | None
     """Of y that this rank's B is for; None for all."""
-    exchange: Callable[[Sequence[torch.Tensor], Sequence[int]], list[torch.Tensor]]
-    """What this rank made by its A's, [T, R / parts] each, with the number of modules of each -> what all
-    ranks together made, [T, R]."""
+    collect: Callable[[torch.Tensor], torch.Tensor]
+    """What this rank made by its A's, [n] -> what all of them made, [parts, n]: one part after the other, or
+    the sum."""
 
 
 class Exchange(Protocol):

@@ -88,7 +88,7 @@ class _OutExchange(Exchange):
         """`out` is the whole, if that is what the model is to be given."""
         self._group = group
         self._out = out
-        self.lora = LoRAShare(group.rank.degree, None, self._gather_ranks) if fully else None
+        self.lora = LoRAShare(group.rank.degree, None, group.gather) if fully else None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """See Exchange."""
@@ -105,15 +105,6 @@ class _OutExchange(Exchange):
         if min(sizes) == widest:
             return parts.movedim(0, -2).flatten(-2)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
-
-    def _gather_ranks(self, hs: Sequence[torch.Tensor], modules: Sequence[int]) -> list[torch.Tensor]:
-        """Of each module first what rank 0 has, then rank 1, and so on."""
-        gathered = self._group.gather(torch.cat([h.flatten() for h in hs]))
-        parts = torch.split(gathered, [h.numel() for h in hs], dim=1)
-        return [
-            part.reshape(len(part), len(h), count, -1).permute(1, 2, 0, 3).flatten(1)
-            for part, h, count in zip(parts, hs, modules, strict=True)
-        ]
 
 
 class _InExchange(Exchange):
@@ -132,8 +123,6 @@ class _InExchange(Exchange):
         self._group.sum_(y)
         return y
 
-    def _sum(self, hs: Sequence[torch.Tensor], _: Sequence[int]) -> list[torch.Tensor]:
-        flat = torch.cat([h.flatten() for h in hs])
-        self._group.sum_(flat)
-        parts = torch.split(flat, [h.numel() for h in hs])
-        return [part.view_as(h) for part, h in zip(parts, hs, strict=True)]
+    def _sum(self, h: torch.Tensor) -> torch.Tensor:
+        self._group.sum_(h)
+        return h.unsqueeze(0)
