@@ -1,7 +1,7 @@
 """Loads a base model and checks that it is one this engine serves right."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +85,10 @@ def load_base_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
         outline = _outline(config, trust_remote_code)
-        if degree > 1:
-            plan_cuts(outline, degree)  # before it takes the time and the memory
-        _check_memory(outline, chosen, device if degree == 1 else torch.device("cpu"))
+        cut = plan_cuts(outline, degree) if degree > 1 else {}
+        _check_memory(outline, chosen, device, cut, degree)
+        if degree > 1 and device.type != "cpu":
+            _check_memory(outline, chosen, torch.device("cpu"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -137,9 +138,22 @@ def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedMod
     return model
 
 
-def _check_memory(outline: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ModelError if the weights alone are more than what is free."""
-    needed = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
+def _check_memory(
+    outline: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Container[str] = (),
+    degree: int = 1,
+) -> None:
+    """Raise ModelError if the weights alone are more than what is free.
+
+    The modules in `cut` are divided among `degree` GPUs; on the CPU all of them take from the same memory.
+    """
+    parts = degree if device.type == "cuda" else 1
+    needed = dtype.itemsize * sum(
+        parameter.numel() // (parts if name.rpartition(".")[0] in cut else 1)
+        for name, parameter in outline.named_parameters()
+    )
     free = free_memory(device)
     if needed > free:
         raise ModelError(

@@ -25,6 +25,8 @@ from worker.engine.parallel.leader import Followers, LeadingExecutor, LeadingTun
 from worker.errors import EngineFailed, ModelError
 
 _MODULE = "worker.engine.parallel.follower"
+_STDERR = 2
+"""What this process prints may be read by somebody."""
 _END_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 2.0
 
@@ -49,7 +51,8 @@ def start(
             return ranks.build(tuner, measure)
         except BaseException as exc:
             # A rank that failed leaves the others to fail in its absence: its own words say why.
-            told = first_failure(ranks.followers, _LAST_WORDS_SECONDS) if isinstance(exc, Exception) else None
+            asked = ranks.met and isinstance(exc, Exception)
+            told = first_failure(ranks.followers, _LAST_WORDS_SECONDS) if asked else None
             ranks.close()
             if told is not None:
                 raise ModelError(told) from exc
@@ -80,12 +83,15 @@ class _Ranks(Processes):
                 subprocess.Popen(  # noqa: S603 (it is this program)
                     [sys.executable, "-m", _MODULE, str(other.fileno()), str(life)],
                     stdin=subprocess.DEVNULL,
+                    stdout=_STDERR,
                     pass_fds=(other.fileno(), life),
                 )
             )
             other.close()
         os.close(life)
         self.followers = Followers(self._channels)
+        self.met = False
+        """Whether one that fails makes others fail."""
 
     def build(
         self, tuner: Tuner | None, measure: Callable[[torch.dtype], Costs] | None
@@ -100,6 +106,7 @@ class _Ranks(Processes):
         _expect(followers.answers(setup.load_seconds), orders.Loaded)
         costs = None if measure is None else measure(lora_dtype_of(setup, base))
         followers.tell(orders.Meet(costs))
+        self.met = True
         self._group = ProcessGroup(Rank(0, setup.degree), base.device, self._place, setup.step_seconds)
         for rank, process in enumerate(self._processes, start=1):
             name = f"rank-{rank}"
