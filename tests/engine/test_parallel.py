@@ -10,6 +10,7 @@ from tests.engine.harness import Harness
 from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_layers
 from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.kv_cache import Leftover
 from worker.engine.lora_plan import Way
 from worker.engine.model_runner import CacheShape
 from worker.errors import EngineFailed, ModelError
@@ -172,17 +173,14 @@ def test_each_rank_keeps_its_part_of_cache_weights_and_adapters(fully, llama, ad
     assert fully or share > 0.6
 
 
-def test_nothing_but_its_own_part_is_left_of_a_module(llama):
-    from worker.engine.base_model import load_base_model
-    from worker.engine.parallel.cuts import Rank, cut_module, plan_cuts
-
-    base = load_base_model(llama, device=torch.device("cpu"), degree=2)
-    modules = dict(base.model.named_modules())
-    for name, cut in plan_cuts(base.model, 2).items():
-        before = modules[name].weight
-        cut_module(modules[name], cut, Rank(1, 2))
-        after = modules[name].weight
-        assert after.untyped_storage().nbytes() == after.nbytes == before.nbytes / 2
+def test_what_is_scrubbed_is_scrubbed_on_every_rank(llama):
+    with ParallelHarness(llama, cache_shape=CacheShape(8, 160)) as harness:
+        harness.run([request(str(number), prompt) for number, prompt in enumerate(prompts(8))])
+        caches = [[*runner._attention._cache.values()] for runner in harness.runners]
+        assert all(tensor.any() for layers in caches for layer in layers for tensor in layer)
+        harness.runner.scrub(Leftover(block, 0, 160) for block in range(8))
+        assert harness.runner.is_sound()  # which takes all ranks
+        assert not any(tensor.any() for layers in caches for layer in layers for tensor in layer)
 
 
 # Trouble

@@ -123,7 +123,7 @@ def cut_module(module: nn.Module, cut: Cut, rank: Rank) -> None:
     else:
         part = rank.part(into)
         weight = given.weight[part] if isinstance(module, Conv1D) else given.weight[:, part]
-        bias = None if rank.number else bias
+        bias = torch.zeros_like(bias) if bias is not None and rank.number else bias
         into = part.stop - part.start
     given.weight = _own(weight)
     given.bias = None if bias is None else _own(bias)
