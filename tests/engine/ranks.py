@@ -112,7 +112,10 @@ class ParallelHarness(Harness):
         """See Harness."""
         degree = self._degree
         self.meeting = Meeting(degree)
-        self.shares = [Share(group, fully_sharded=self._fully) for group in self.meeting.groups()]
+        groups = self.meeting.groups()
+        self.shares = [Share(group.rank, fully_sharded=self._fully) for group in groups]
+        for share, group in zip(self.shares, groups, strict=True):
+            share.group = group
         bases = [load(degree=degree) for _ in range(degree)]
         pairs = [socket.socketpair() for _ in range(1, degree)]
         own, others = ([Channel(ends[side], TIMEOUT) for ends in pairs] for side in (0, 1))

@@ -266,8 +266,8 @@ def test_an_adapter_with_more_than_pairs_is_not_shared(harness, llama):
 
     key, share = AdapterKey("a", "1"), harness.shares[0]
     with pytest.raises(ValueError, match="with shifts cannot be shared"):
-        share.weights(More(key, {}, {"x": torch.ones(1)}), share.group.rank)
-    assert share.weights(More(key, {}, {}), share.group.rank) == LoRAWeights(key, {})
+        share.weights(More(key, {}, {"x": torch.ones(1)}), share.rank)
+    assert share.weights(More(key, {}, {}), share.rank) == LoRAWeights(key, {})
 
 
 @pytest.mark.parametrize(

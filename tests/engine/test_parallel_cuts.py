@@ -20,7 +20,6 @@ from worker.engine.parallel.channel import Channel, Gone
 from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_pair
 from worker.jobs import AdapterKey
 
-
 WORK = Work(64, (64, 32), 8, 16, 4)
 
 
@@ -150,9 +149,7 @@ def test_a_side_that_closes_in_a_message_is_gone(ends):
         orders.Copy([BlockCopy(1, 2, 16)]),
         orders.Resume(),
         orders.Meet(Costs(1e-6, 2e-10, 3e-11, 4e-10)),
-        orders.Fitted.of(
-            Fit({Work(64, (64, 32), 8, 16, 4): default_tiling(Work(64, (64, 32), 8, 16, 4))}, 9)
-        ),
+        orders.Fitted.of(Fit({WORK: default_tiling(WORK)}, 9)),
     ],
 )
 def test_an_order_is_read_as_it_was_given(order):

@@ -98,8 +98,8 @@ class ModelRunner:
 
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
         what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
-        do, and `tuner` fits those of LoRA to the device. With a `share` the model, which is whole and on the
-        host, is cut down to it; all ranks construct theirs at the same time, and alike.
+        do, and `tuner` fits those of LoRA to the device. With a `share` the model, which is on the host, is
+        cut down to it; all ranks construct theirs at the same time, and alike, rank 0 from the whole.
         """
         self._base = base
         self._model = base.model
@@ -128,7 +128,7 @@ class ModelRunner:
     def _expect(self) -> torch.Tensor | None:
         """The logits of the plain model; None on a rank that leaves it to rank 0 to look at them."""
         share = self._share
-        if share is not None and share.group.rank.number:
+        if share is not None and share.rank.number:
             return None
         expected = self._probe.expected(
             self._model, self._base.device if share is None else torch.device("cpu")

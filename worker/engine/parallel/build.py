@@ -7,8 +7,8 @@ from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import CacheShape, ModelRunner
-from worker.engine.parallel.cuts import plan_cuts
-from worker.engine.parallel.group import Group
+from worker.engine.pages import give_back_freed
+from worker.engine.parallel.cuts import Rank, plan_cuts
 from worker.engine.parallel.orders import Setup
 from worker.engine.parallel.share import Share
 from worker.engine.products import product_dtype
@@ -39,16 +39,24 @@ def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_c
         plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
 
 
-def load_whole(setup: Setup, rank: int) -> BaseModel:
-    """The whole model, on the host, for a rank to take its share of. Raises ModelError."""
-    return load_base_model(
+def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share]:
+    """The model on the host, of which all ranks but the first have taken their share. Raises ModelError.
+
+    Rank 0 needs the whole once more, to know what the shares must compute together.
+    """
+    share = Share(rank, fully_sharded=setup.fully_sharded)
+    base = load_base_model(
         setup.weights,
-        device=device_of(setup.device, setup.degree, rank),
+        device=device_of(setup.device, setup.degree, rank.number),
         dtype=setup.dtype,
         max_model_len=setup.max_model_len,
         trust_remote_code=setup.trust_remote_code,
         degree=setup.degree,
     )
+    if rank.number:
+        share.take(base.model)
+        give_back_freed()
+    return base, share
 
 
 def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
@@ -60,10 +68,9 @@ def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
 
 
 def build_runner(
-    setup: Setup, base: BaseModel, group: Group, tuner: Tuner | None, costs: Costs | None
-) -> tuple[ModelRunner, Share]:
-    """The runner of a rank, which all build at once. Raises ModelError."""
-    share = Share(group, fully_sharded=setup.fully_sharded)
+    setup: Setup, base: BaseModel, share: Share, tuner: Tuner | None, costs: Costs | None
+) -> ModelRunner:
+    """The runner of a rank that has met the others, which all build at once. Raises ModelError."""
     limits = EngineLimits(
         max_num_seqs=setup.max_num_seqs,
         max_num_batched_tokens=setup.max_num_batched_tokens,
@@ -71,7 +78,7 @@ def build_runner(
         max_lora_rank=setup.max_lora_rank,
         lora_dtype=lora_dtype_of(setup, base),
     )
-    runner = ModelRunner(
+    return ModelRunner(
         base,
         limits,
         cache_shape=None if setup.cache_shape is None else CacheShape(*setup.cache_shape),
@@ -81,4 +88,3 @@ def build_runner(
         kernels=setup.kernels,
         share=share,
     )
-    return runner, share

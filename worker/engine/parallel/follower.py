@@ -14,7 +14,7 @@ import transformers
 from worker.engine.executor import Executor
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.parallel import orders
-from worker.engine.parallel.build import build_runner, load_whole
+from worker.engine.parallel.build import build_runner, load
 from worker.engine.parallel.channel import Channel, Gone
 from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
@@ -120,14 +120,14 @@ def _serve(begin: orders.Begin, channel: Channel) -> None:
     setup, rank = begin.setup, Rank(begin.rank, begin.setup.degree)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(begin.threads)
-    base = load_whole(setup, rank.number)
+    base, share = load(setup, rank)
     channel.send(orders.encode(orders.Loaded()))
     meet = orders.read_order(channel.receive(None))
     assert isinstance(meet, orders.Meet), meet
-    group = ProcessGroup(rank, base.device, Path(begin.place), setup.step_seconds)
-    runner, _ = build_runner(setup, base, group, ToldTuner(channel), meet.costs)
+    share.group = ProcessGroup(rank, base.device, Path(begin.place), setup.step_seconds)
+    runner = build_runner(setup, base, share, ToldTuner(channel), meet.costs)
     channel.send(orders.encode(orders.Done()))
-    Follower(runner.executor, group, channel, base.device).follow(setup.settle_seconds)
+    Follower(runner.executor, share.group, channel, base.device).follow(setup.settle_seconds)
 
 
 def _end_with(life: int) -> None:

@@ -114,13 +114,13 @@ class LeadingExecutor(Executor):
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """See Executor. Raises RuntimeError when another rank could not."""
-        degree = self._share.group.rank.degree
+        degree = self._share.rank.degree
         for rank in self._followers.ranks:
             order, parts = orders.pack(slot, self._share.weights(weights, Rank(rank, degree)))
             self._followers.send(rank, orders.encode(order))
             self._followers.send(rank, *parts)
         try:
-            self._own.put(slot, self._share.weights(weights, self._share.group.rank))
+            self._own.put(slot, self._share.weights(weights, self._share.rank))
         finally:
             answers = self._followers.answers(self._step_seconds)
         for rank, answer in zip(self._followers.ranks, answers, strict=True):

@@ -40,7 +40,7 @@ class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     settle_seconds: float = 10.0
     """How long one that failed in a step waits for the others to do so, too."""
     load_seconds: float = 3600.0
-    """How long rank 0 waits for the others to load the model, after it has."""
+    """How long rank 0 waits for each of the others to load the model."""
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):

@@ -17,20 +17,25 @@ from worker.engine.projections import Exchange, LoRAShare, features
 class Share:
     """What a rank has of one model. With `fully_sharded` both halves of an adapter are cut, else one."""
 
-    def __init__(self, group: Group, *, fully_sharded: bool) -> None:
-        self.group = group
+    group: Group
+    """Those that have the rest, from when they have met: not needed to `take`."""
+
+    def __init__(self, rank: Rank, *, fully_sharded: bool) -> None:
+        self.rank = rank
         self._fully = fully_sharded
         self._cuts: dict[str, Cut] = {}
         self._features: dict[str, tuple[int, int]] = {}
         """Of the whole modules."""
 
     def take(self, model: PreTrainedModel) -> None:
-        """Leave `model`, which is whole, this rank's parts. Raises ModelError if it cannot be shared."""
+        """Leave a whole `model` this rank's parts, unless that was done. Raises ModelError if it cannot be."""
+        if self._cuts:
+            return
         modules = dict(model.named_modules())
-        self._cuts = plan_cuts(model, self.group.rank.degree)
+        self._cuts = plan_cuts(model, self.rank.degree)
         for name, cut in self._cuts.items():
             self._features[name] = features(modules[name])
-            cut_module(modules[name], cut, self.group.rank)
+            cut_module(modules[name], cut, self.rank)
 
     def whole(self, targets: Mapping[str, Target]) -> dict[str, Target]:
         """`targets` with the features that they have in the whole model, which adapters are made for."""

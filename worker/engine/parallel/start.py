@@ -17,7 +17,7 @@ from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel import orders
-from worker.engine.parallel.build import build_runner, device_of, load_whole, lora_dtype_of
+from worker.engine.parallel.build import build_runner, device_of, load, lora_dtype_of
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
@@ -98,20 +98,20 @@ class _Ranks(Processes):
     ) -> tuple[BaseModel, ModelRunner]:
         """Rank 0's part of it, and the others'."""
         setup, followers = self._setup, self.followers
-        for rank in followers.ranks:
+        for rank in followers.ranks:  # one after the other: each may need memory for the whole model
             begin = orders.Begin(setup, rank, self._each, str(self._place))
             followers.send(rank, orders.encode(begin))
+            _expect([followers.answer(rank, setup.load_seconds)], orders.Loaded, rank)
         torch.set_num_threads(self._each)
-        base = load_whole(setup, 0)
-        _expect(followers.answers(setup.load_seconds), orders.Loaded)
+        base, share = load(setup, own := Rank(0, setup.degree))
         costs = None if measure is None else measure(lora_dtype_of(setup, base))
         followers.tell(orders.Meet(costs))
         self.met = True
-        self._group = ProcessGroup(Rank(0, setup.degree), base.device, self._place, setup.step_seconds)
+        share.group = self._group = ProcessGroup(own, base.device, self._place, setup.step_seconds)
         for rank, process in enumerate(self._processes, start=1):
             name = f"rank-{rank}"
             threading.Thread(target=self._watch, args=(rank, process), name=name, daemon=True).start()
-        runner, share = build_runner(setup, base, self._group, LeadingTuner(tuner, followers), costs)
+        runner = build_runner(setup, base, share, LeadingTuner(tuner, followers), costs)
         _expect(followers.answers(setup.step_seconds), orders.Done)
         runner.lead(
             lambda own: LeadingExecutor(
@@ -158,8 +158,8 @@ class _Ranks(Processes):
                 self._group.abort()
 
 
-def _expect(answers: Sequence[orders.Answer], kind: type) -> None:
-    for rank, answer in enumerate(answers, start=1):
+def _expect(answers: Sequence[orders.Answer], kind: type, first: int = 1) -> None:
+    for rank, answer in enumerate(answers, start=first):
         if isinstance(answer, orders.Failed):
             raise ModelError(f"rank {rank}: {answer.message}")
         assert isinstance(answer, kind), answer
