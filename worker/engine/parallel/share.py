@@ -28,7 +28,7 @@ class Share:
         """Of the whole modules."""
 
     def take(self, model: PreTrainedModel) -> None:
-        """Leave a whole `model` this rank's parts, unless that was done. Raises ModelError if it cannot be."""
+        """Leave a whole `model` its parts, unless that was done. Raises ModelError if it cannot be shared."""
         if self._cuts:
             return
         modules = dict(model.named_modules())
