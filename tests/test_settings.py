@@ -257,7 +257,7 @@ def test_keys_that_size_djls_workers_are_noted_and_not_swallowed():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tensor_parallel_degree", "2"),
+        ("tensor_parallel_degree", "65"),
         ("tensor_parallel_degree", "max"),
         ("long_lora_scaling_factors", "0.5"),
     ],
@@ -302,6 +302,19 @@ def test_a_refused_value_is_not_cross_checked():
 def test_a_step_has_room_for_a_token_of_every_row():
     assert read_settings(flags={"max_num_seqs": 2048}, environ={}).max_num_seqs == 2048
     assert "max_num_batched_tokens" in mistakes(flags={"max_num_seqs": 2049})[0]
+
+
+@pytest.mark.parametrize("mode", ["auto", "merged"])
+def test_nothing_is_merged_into_a_model_that_devices_share(mode):
+    environ = {"OPTION_TENSOR_PARALLEL_DEGREE": "2", "LORAMILL_LORA_MODE": mode}
+    (mistake,) = mistakes(environ=environ)
+    assert mistake == (
+        f"lora_mode: {mode} (from LORAMILL_LORA_MODE) must be unmerged with tensor_parallel_degree "
+        "2 (from OPTION_TENSOR_PARALLEL_DEGREE), above 1"
+    )
+    assert read_settings(environ={"LORAMILL_LORA_MODE": mode}).lora_mode == mode
+    unmerged = read_settings(environ={**environ, "LORAMILL_LORA_MODE": "unmerged"})
+    assert unmerged.tensor_parallel_degree == 2
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])

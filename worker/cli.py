@@ -315,7 +315,7 @@ _LOCAL_NAMES = {
     "model", "model_id", "adapters_dir", "cache_dir", "device", "dtype", "trust_remote_code", "max_num_seqs",
     "max_num_batched_tokens", "max_model_len", "memory_share", "kernel_tuning_seconds", "max_passed_over",
     "prefix_reuse", "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "max_cpu_lora_bytes",
-    "lora_dtype", "lora_extra_vocab_size",
+    "lora_dtype", "lora_extra_vocab_size", "tensor_parallel_degree", "fully_sharded_loras",
 }  # fmt: skip
 _LOCAL = [
     msgspec.structs.replace(info, flag="--adapters") if info.name == "adapters_dir" else info

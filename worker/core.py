@@ -1,7 +1,7 @@
 """The part with torch in it: a base model with an engine on it, built from settings."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,41 +39,22 @@ class Core(NamedTuple):
     """What adapters may name."""
     cache_tokens: int
     """That the KV cache has room for."""
+    close: Callable[[], None] = lambda: None
+    """Ends what runs beside this process; when nothing is computed any more."""
 
 
 def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
-    base = load_base_model(
-        weights,
-        device=device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        trust_remote_code=settings.trust_remote_code,
-        rope_factors=settings.rope_factors,
-    )
-    auto = settings.lora_dtype == "auto"
-    dtype = product_dtype(base.dtype, device) if auto else getattr(torch, settings.lora_dtype)
-    limits = EngineLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
-        max_lora_rank=settings.max_lora_rank,
-        lora_dtype=dtype,
-        rope=base.rope,
-        lora_mode=LoRAMode(settings.lora_mode),
-        lora_extra_vocab_size=settings.lora_extra_vocab_size,
-    )
-    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
-    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    build = _build_alone if settings.tensor_parallel_degree == 1 else _build_with_others
+    base, runner = build(settings, weights, device)
     tokenizers = AdapterTokenizers()
     store = LoRAStore(
         AdapterLoader(
             runner.targets,
             max_lora_rank=settings.max_lora_rank,
-            dtype=dtype,
+            dtype=_lora_dtype(settings, base),
             pin=device.type == "cuda",
             rope=base.rope,
             lora_extra_vocab_size=settings.lora_extra_vocab_size,
@@ -81,6 +62,7 @@ def build_core(settings: Settings, weights: str) -> Core:
             base_dtype=base.dtype,
             base_rows=runner.base_rows,
             tokenizers=tokenizers.read,
+            is_shared=runner.is_shared,
         ),
         settings.cpu_loras,
         settings.max_cpu_lora_bytes,
@@ -109,7 +91,73 @@ def build_core(settings: Settings, weights: str) -> Core:
         },
     )
     shape = runner.cache_shape
-    return Core(base, engine, store, tokenizers, runner.targets, shape.num_blocks * shape.block_size)
+    tokens = shape.num_blocks * shape.block_size
+    return Core(base, engine, store, tokenizers, runner.targets, tokens, runner.close)
+
+
+def _build_alone(settings: Settings, weights: str, device: torch.device) -> tuple[BaseModel, ModelRunner]:
+    base = load_base_model(
+        weights,
+        device=device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+        rope_factors=settings.rope_factors,
+    )
+    dtype = _lora_dtype(settings, base)
+    limits = EngineLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        lora_dtype=dtype,
+        rope=base.rope,
+        lora_mode=LoRAMode(settings.lora_mode),
+        lora_extra_vocab_size=settings.lora_extra_vocab_size,
+    )
+    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
+    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
+    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    return base, runner
+
+
+def _build_with_others(
+    settings: Settings, weights: str, device: torch.device
+) -> tuple[BaseModel, ModelRunner]:
+    """On several devices, each of which has a process."""
+    from worker.engine.parallel.orders import Setup  # noqa: PLC0415 (few need torch.distributed)
+    from worker.engine.parallel.start import start  # noqa: PLC0415
+
+    assert LoRAMode(settings.lora_mode) is LoRAMode.UNMERGED, "settings are checked"
+    setup = Setup(
+        weights=weights,
+        degree=settings.tensor_parallel_degree,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+        fully_sharded=settings.fully_sharded_loras,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        lora_dtype=settings.lora_dtype,
+        memory_share=settings.memory_share,
+        rope_factors=settings.rope_factors,
+    )
+    on_gpu = device.type == "cuda"
+    return start(
+        setup,
+        tuner=_tuner(settings, device) if settings.lora_enabled and on_gpu else None,
+        measure=measure_costs if settings.lora_enabled and not on_gpu else None,
+    )
+
+
+def _lora_dtype(settings: Settings, base: BaseModel) -> torch.dtype:
+    if settings.lora_dtype == "auto":
+        return product_dtype(base.dtype, base.device)
+    dtype: torch.dtype = getattr(torch, settings.lora_dtype)
+    return dtype
 
 
 def _tuner(settings: Settings, device: torch.device) -> Tuner:

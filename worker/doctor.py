@@ -55,6 +55,7 @@ async def examine(settings: Settings) -> Findings:
             *([_events(clients, url)] if (url := settings.adapters_events_queue_url) else []),
             *([_weights(store, settings.weights)] if settings.weights else []),
             _folders(settings),
+            *([_sharing(settings)] if settings.tensor_parallel_degree > 1 else []),
         ]
         return [finding for found in await asyncio.gather(*looks) for finding in found]
 
@@ -207,6 +208,25 @@ async def _folders(settings: Settings) -> Findings:
     for name, folder in folders.items():
         found += await _folder_of(f"{name} {folder}", folder)
     return found
+
+
+async def _sharing(settings: Settings) -> Findings:
+    """Whether the devices are there, and the model can be divided, as far as its files are here."""
+    what, degree = f"tensor parallelism of {settings.tensor_parallel_degree}", settings.tensor_parallel_degree
+
+    def look_at() -> Findings:
+        from worker.engine.parallel.build import check_sharing  # noqa: PLC0415 (torch)
+
+        weights = settings.weights
+        local = weights if weights and Path(weights).is_dir() else None
+        check_sharing(settings.device, degree, local, trust_remote_code=settings.trust_remote_code)
+        seen = "the devices are there" + ("" if local is None else ", and the model can be divided")
+        return [Finding(what, Verdict.OK, seen)]
+
+    async def look() -> Findings:
+        return await asyncio.to_thread(look_at)
+
+    return await _judged(what, look)
 
 
 async def _folder_of(what: str, folder: Path) -> Findings:

@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,6 +25,9 @@ from worker.wire.manifest import Manifest, OutputFile, summarize
 from worker.wire.output import LineWriter
 from worker.wire.results import Tally
 from worker.wire.split import InputFile
+
+if TYPE_CHECKING:
+    from worker.core import Core  # torch
 
 _ANYWHERE = "s3://any/"
 _SYNC_SECONDS = 5.0
@@ -176,9 +180,23 @@ def _compute(
     weights = local_weights(settings)
     with showing(f"loading {weights}"):
         from worker.core import build_core  # noqa: PLC0415 (torch)
-        from worker.local_rows import run_rows  # noqa: PLC0415 (torch)
 
         core = build_core(settings, weights)
+    with closing(core):
+        _run(interruptible, settings, job, source, output, core=core)
+
+
+def _run(
+    interruptible: Interruptible,
+    settings: Settings,
+    job: Job,
+    source: LocalInput,
+    output: LocalOutput,
+    *,
+    core: "Core",
+) -> None:
+    from worker.local_rows import run_rows  # noqa: PLC0415 (torch)
+
     writer, synced = LineWriter(job, base_model=str(settings.model)), time.monotonic()
     total = output.rows + job.num_rows
     with showing_rows(output.rows, total) as tell:

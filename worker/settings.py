@@ -315,10 +315,11 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     tensor_parallel_degree: Annotated[
         int,
         Meta(
-            description="Devices that share the model. Only 1 in this version.",
+            description="Devices that share the model, each with a process: GPUs from the first on, or parts "
+            "of the CPU.",
             ge=1,
-            le=1,
-            extra={"option": "tensor_parallel_degree", "expected": "1: this version runs on one device"},
+            le=64,
+            extra={"option": "tensor_parallel_degree"},
         ),
     ] = 1
 
@@ -380,7 +381,8 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
     fully_sharded_loras: Annotated[
         bool,
         Meta(
-            description="Shard both halves of an adapter; without effect on one device.",
+            description="With TENSOR_PARALLEL_DEGREE, divide both halves of an adapter among the devices: "
+            "less memory, and one exchange more. Else one of them.",
             extra={"option": "fully_sharded_loras"},
         ),
     ] = True
@@ -630,6 +632,7 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
 
     cpu_loras, loras = shown("max_cpu_loras"), shown("max_loras")
     tokens, rows = shown("max_num_batched_tokens"), shown("max_num_seqs")
+    degree = shown("tensor_parallel_degree")
     checks = [
         (
             {"max_cpu_loras", "max_loras"},
@@ -645,6 +648,11 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
             {"adapters_events_queue_url", "queue_url"},
             settings.queue_url is not None and settings.adapters_events_queue_url == settings.queue_url,
             f"adapters_events_queue_url: {shown('adapters_events_queue_url')} must not be queue_url",
+        ),
+        (
+            {"lora_mode", "tensor_parallel_degree"},
+            settings.tensor_parallel_degree > 1 and settings.lora_mode != "unmerged",
+            f"lora_mode: {shown('lora_mode')} must be unmerged with tensor_parallel_degree {degree}, above 1",
         ),
         (
             {"entry_point", "custom_code"},

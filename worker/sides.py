@@ -18,7 +18,7 @@ from adapters_sync.options import MirrorOptions
 from adapters_sync.reconcile import Mirror, open_mirror
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
-from worker.core import build_core, flow_of
+from worker.core import Core, build_core, flow_of
 from worker.custom.adapters import HandlerAdapters
 from worker.custom.handler import CustomHandler
 from worker.custom.opening import find_entry_point, make_handler
@@ -82,7 +82,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         place.owned.add(_mirroring(mirror, SyncMetrics(place.registry), asyncio.Event()))
     if not settings.custom_code:
         await asyncio.to_thread(find_entry_point, settings, settings.model_dir or Path(weights))  # says so
-    core = await asyncio.to_thread(build_core, settings, weights)
+    core = await stack.enter_async_context(_core(settings, weights))
     await asyncio.to_thread(_tell_mirrors, settings, core.targets)
     bridge = await stack.enter_async_context(
         Bridge(
@@ -119,6 +119,15 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         place.exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
 
     return Side(rows, registered, bridge.wait, export)
+
+
+@asynccontextmanager
+async def _core(settings: Settings, weights: str) -> AsyncIterator[Core]:
+    core = await asyncio.to_thread(build_core, settings, weights)
+    try:
+        yield core
+    finally:
+        await asyncio.to_thread(core.close)
 
 
 async def custom_handler(

@@ -221,7 +221,9 @@ def test_code_runs_only_when_it_is_enabled(serve, tmp_path: Path) -> None:
     (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with serve(folder, LORAMILL_CUSTOM_CODE="false") as worker:
         assert "the model comes with a handler, which is not run: custom_code is off" in worker.said()
-        assert call(worker, "POST", "/invocations", b"{}")[0].status == 400  # the engine answers, and asks for inputs
+        assert (
+            call(worker, "POST", "/invocations", b"{}")[0].status == 400
+        )  # the engine answers, and asks for inputs
     assert not (tmp_path / "ran").exists()
     with serve(MODELS / "adaptecho", ready=False, LORAMILL_CUSTOM_CODE="false") as worker:
         assert worker.end() == 2

@@ -8,9 +8,10 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
-from tests.e2e.conftest import BUCKET, wait_until
+from tests.e2e.conftest import BUCKET, PATIENCE_SECONDS, wait_until
 
 ROWS = 6
 SLOW = ["--max-num-seqs", "2", "--visibility-timeout-seconds", "10"]
@@ -98,6 +99,26 @@ def test_second_signal_ends_at_once_and_the_job_is_visible(mill, versions):
         assert "Traceback" not in worker.text
     assert mill.keys("out/hurried/") == []
     assert queue.counts() == (1, 0)
+
+
+def test_worker_that_loses_a_rank_gives_its_job_back_and_the_next_completes_it(mill, versions):
+    queue = mill.queue()
+    send_long_job(queue, "shared", rows=24)
+    told, patience = ["--sync", "--tensor-parallel-degree", "2"], 3 * PATIENCE_SECONDS
+    with mill.worker(*told, "--max-num-seqs", "2", LORAMILL_QUEUE_URL=queue.url) as worker:
+        wait_until(lambda: worker.metric("loramill_tokens_total") > 0, "a step", patience)
+        (rank,) = psutil.Process(worker.popen.pid).children()
+        rank.kill()
+        assert worker.end() == 1
+        assert "of the model" in worker.text or "Connection closed" in worker.text
+    assert queue.counts() == (1, 0), "visible at once"
+    with mill.worker(*told, LORAMILL_QUEUE_URL=queue.url) as worker:
+        wait_until(lambda: mill.manifest("shared"), "the manifest", patience)
+        (rank,) = psutil.Process(worker.popen.pid).children()
+        worker.popen.send_signal(signal.SIGTERM)
+        assert worker.end() == 0, worker.text
+    assert not rank.is_running()
+    assert mill.manifest("shared")["status"] == "completed"
 
 
 def test_a_model_that_is_none_is_one_readable_line(mill, tmp_path):

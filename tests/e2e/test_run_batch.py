@@ -124,6 +124,17 @@ def test_lines_are_to_the_byte_those_of_a_worker(mill, here, base, adapters):
     assert ours["outputs"][0]["sha256"] == theirs["outputs"][0]["sha256"]
 
 
+def test_two_processes_that_share_the_model_write_the_same_lines(here):
+    here.write("in.jsonl", mixed_rows())
+    given = ["-i", "in.jsonl", "--adapter", "blue", "-p", "max_new_tokens=24", "-p", "ignore_eos=true"]
+    here.run(*given, "-o", "one.jsonl", code=1)
+    here.run(*given, "-o", "two.jsonl", "--tensor-parallel-degree", "2", code=1)
+    assert here.lines("two.jsonl") == here.lines("one.jsonl")
+    assert sum(line["error"] is None for line in here.lines("two.jsonl")) == 21
+    said = here.run(*given, "-o", "three.jsonl", "--tensor-parallel-degree", "3", code=1)
+    assert "tensor_parallel_degree 3 does not divide" in said
+
+
 def test_a_run_that_is_killed_again_and_again_says_what_an_undisturbed_one_says(here):
     rows = [
         {

@@ -1,13 +1,13 @@
 """An engine over a folder of base model and some adapters, driven to the end of its work."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
-from worker.engine.base_model import load_base_model
+from worker.engine.base_model import BaseModel, load_base_model
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import Leftover
@@ -42,37 +42,50 @@ class Harness:
         lora_mode: LoRAMode = LoRAMode.UNMERGED,
         lora_extra_vocab_size: int = 256,
     ) -> None:
-        self.base = load_base_model(
-            base,
-            device=torch.device(device),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            rope_factors=rope_factors,
+
+        def limits_for(base: BaseModel) -> EngineLimits:
+            return EngineLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_loras=max_loras,
+                max_lora_rank=max_lora_rank,
+                lora_dtype=lora_dtype or product_dtype(base.dtype, base.device),
+                rope=base.rope,
+                lora_mode=lora_mode,
+                lora_extra_vocab_size=lora_extra_vocab_size,
+            )
+
+        self.base, self.runner = self.make(
+            lambda **options: load_base_model(
+                base,
+                device=torch.device(device),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                rope_factors=rope_factors,
+                **options,
+            ),
+            lambda base, **options: ModelRunner(
+                base,
+                limits_for(base),
+                cache_shape=cache_shape,
+                memory_share=memory_share,
+                kernels=kernels,
+                **{"tuner": tuner, **options},
+            ),
         )
-        limits = EngineLimits(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_loras=max_loras,
-            max_lora_rank=max_lora_rank,
-            lora_dtype=lora_dtype or product_dtype(self.base.dtype, self.base.device),
-            rope=self.base.rope,
-            lora_mode=lora_mode,
-            lora_extra_vocab_size=lora_extra_vocab_size,
-        )
-        self.runner = ModelRunner(
-            self.base,
-            limits,
-            cache_shape=cache_shape,
-            memory_share=memory_share,
-            kernels=kernels,
-            tuner=tuner,
-        )
-        self._limits = limits
+        self._limits = limits_for(self.base)
         self._options = {
             "prefix_reuse": prefix_reuse,
             "look_ahead": device != "cpu" if look_ahead is None else look_ahead,
         }
         self._start()
+
+    def make(
+        self, load: Callable[..., BaseModel], build: Callable[..., ModelRunner]
+    ) -> tuple[BaseModel, ModelRunner]:
+        """The model and what runs it; `load` and `build` take more options."""
+        base = load()
+        return base, build(base)
 
     def _start(self) -> None:
         limits = self._limits
@@ -88,6 +101,7 @@ class Harness:
                 base_dtype=self.base.dtype,
                 base_rows=self.runner.base_rows,
                 tokenizers=AdapterTokenizers().read,
+                is_shared=self.runner.is_shared,
             ),
             max_cpu_loras=64,
         )

@@ -5,6 +5,7 @@
 
 import dataclasses
 import random
+import threading
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from triton.runtime import interpreter
 
 from tests import parity, tiny
 from tests.engine.harness import Harness
+from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_kernels, merging
 from worker.engine.graphs import DecodeGraphs
 from worker.engine.kernels.tilings import Fit, Tuner, Work, default_tiling
@@ -100,6 +102,43 @@ def _no_overflow_checks(monkeypatch):
     """They take a third of the interpreter's time; they are on in `test_kernels_gpu.py`."""
     builder = interpreter.interpreter_builder
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+
+@pytest.mark.parametrize("fully", [True, False])
+@pytest.mark.parametrize("tuner", [None, OtherWays()], ids=["default", "other-ways"])
+def test_ranks_that_share_a_model_say_what_peft_says(fully, tuner, tmp_path, monkeypatch):
+    one_at_a_time, launch = threading.Lock(), interpreter.GridExecutor.__call__
+
+    def locked(*given, **options):
+        with one_at_a_time:  # the interpreter changes Triton's language while it runs
+            return launch(*given, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", locked)
+    base = tiny.make_base(tmp_path / "base", "qwen2", **{**ONE_LAYER, "num_key_value_heads": 2})
+    every = tiny.ARCHITECTURES["qwen2"][2]
+    folders = [
+        None,
+        tiny.make_adapter(tmp_path / "a", base, seed=1, scale=2.0, r=3, target_modules=every[:2]),
+        tiny.make_adapter(
+            tmp_path / "b", base, seed=2, scale=1.0, r=17, rank_pattern={"k_proj": 5}, target_modules=every
+        ),
+    ]
+    rows = prompts(2)
+    sizes = {"max_loras": 2, "max_lora_rank": 20, "max_num_seqs": 5, "max_num_batched_tokens": 20}
+    shape = CacheShape(60, 8)
+    with ParallelHarness(
+        base, fully_sharded=fully, kernels=True, tuner=tuner, cache_shape=shape, **sizes
+    ) as harness:
+        done = harness.run(requests([folder and harness.adapter(folder) for folder in folders], rows))
+        tables = [runner.executor.lora._tables for runner in harness.runners]
+    assert tables[0].keys() == tables[1].keys()
+    assert any(table.parts == 2 for table in tables[0].values()) == fully
+    answers = set()
+    for index, folder in enumerate(folders):
+        expected = tiny.peft_generate(base, folder, rows, NEW, eos_token_id=None)
+        assert [list(done[f"{index}/{row}"].token_ids) for row in range(len(rows))] == expected
+        answers.update(map(tuple, expected))
+    assert len(answers) == len(folders) * len(rows), "the adapters do not differ enough to tell"
 
 
 @pytest.mark.parametrize(

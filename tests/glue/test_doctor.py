@@ -11,6 +11,7 @@ from aiobotocore.client import AioBaseClient
 from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
+from tests import tiny
 from tests.sync import servers
 from worker.cli import app
 from worker.doctor import _outputs, least_policy, queue_arn
@@ -168,6 +169,24 @@ def test_cache_that_cannot_be_a_folder_is_found_out(account, place, tmp_path):
     result = doctor(account, "--cache-dir", str(tmp_path / place))
     assert result.exit_code == 1
     assert "is no folder that can be written" in result.stdout or "Not a directory" in result.stdout
+
+
+def test_devices_and_model_are_looked_at_when_several_are_to_share_it(account, tmp_path):
+    base, stored = str(tiny.make_base(tmp_path / "base")), "s3://bucket/model/"
+    for degree, model, code, said in (
+        (
+            "2",
+            base,
+            0,
+            "ok       tensor parallelism of 2: the devices are there, and the model can be divided",
+        ),
+        ("2", stored, 0, "ok       tensor parallelism of 2: the devices are there\n"),
+        ("3", base, 1, "failed   tensor parallelism of 3: tensor_parallel_degree 3 does not divide"),
+    ):
+        looked = doctor(account, "--tensor-parallel-degree", degree, "--device", "cpu", model=model)
+        assert looked.exit_code == code, looked.output
+        assert said in looked.output
+    assert "parallelism" not in doctor(account, model=base).output
 
 
 def test_what_will_hurt_some_day_is_a_warning(account):

@@ -29,12 +29,16 @@ class Engine:
 
     def __init__(self) -> None:
         self.computed: list[int] = []
-        self.loaded = 0
+        self.loaded = self.closed = 0
         self.hook = lambda row: None
 
     def build(self, settings, weights):
         assert Path(weights).is_dir()
         self.loaded += 1
+        return self
+
+    def close(self):
+        self.closed += 1
 
     async def run(self, core, settings, job, source, *, emit, on_left):
         left = job.num_rows
@@ -321,6 +325,21 @@ def test_input_and_output_are_two_files(cli, engine):
 def test_settings_beside_the_model_hold_here_too(cli, engine):
     Path("model/serving.properties").write_text("option.max_loras=none\n")
     assert_refused(cli(), "option.max_loras in serving.properties")
+
+
+def test_a_model_that_devices_share_is_not_merged_into(cli, engine, monkeypatch):
+    monkeypatch.setenv("LORAMILL_LORA_MODE", "merged")
+    assert_refused(cli("--tensor-parallel-degree", "2"), "lora_mode: merged", "tensor_parallel_degree 2")
+    assert engine.loaded == 0
+    assert cli().exit_code == 0
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_what_runs_beside_it_is_ended(cli, engine, stop):
+    if stop:
+        stop_after(engine, 4)
+    cli()
+    assert (engine.loaded, engine.closed) == (1, 1)
 
 
 def test_help_names_the_flags_that_mean_something_here(cli):

@@ -64,7 +64,7 @@ class _Known:
     def __init__(self, plan: Plan, rope_factor: float) -> None:
         self.plan = plan
         self.rope_factor = rope_factor
-        self.is_plain = plan.is_plain
+        self.is_plain = plan.extra is None
         self.layouts = _Remembered[_Layout]()
 
 
@@ -107,6 +107,7 @@ class AdapterLoader:
         base_rows: Mapping[str, torch.Tensor] = MappingProxyType({}),
         tokenizers: Callable[[Path], Tokenizer | None] = lambda _: None,
         rope: RopeScaling = RopeScaling(),  # noqa: B008 (it never changes)
+        is_shared: bool = False,
     ) -> None:
         """`targets` are the base model's modules by name, `dtype` is that of the weights.
 
@@ -114,8 +115,10 @@ class AdapterLoader:
         is of `base_dtype`, or None for `dtype`; of those in `base_rows`, by the names of modules, whose rows
         have these fingerprints, only what differs is kept. Embeddings must have `least_tokens` rows, None for
         as many as in the base model. `tokenizers` gives what a folder brings. `rope` is what adapters may ask
-        for their positions.
+        for their positions. Of a model that `is_shared` by devices they may change no module, only add to
+        linear ones.
         """
+        self._is_shared = is_shared
         self._rope = rope
         self._targets = targets
         self._max_rank = max_lora_rank
@@ -155,7 +158,10 @@ class AdapterLoader:
 
         def make() -> _Known:
             config = read_config(content, self._targets, self._rope)
-            return _Known(make_plan(config.lora, self._targets, self._max_rank), config.rope_factor)
+            plan = make_plan(config.lora, self._targets, self._max_rank)
+            if self._is_shared and plan.extra is not None:
+                raise _not_shared(f"the configuration asks for tensor {plan.extra}")
+            return _Known(plan, config.rope_factor)
 
         return self._known.get(content, make)
 
@@ -163,6 +169,9 @@ class AdapterLoader:
         if known.is_plain and _is_plain(known.plan, layout):
             return LoRAWeights(key, _pairs(known.plan, layout, data, self._kinds))
         pairs, changes = assemble(known.plan, _apart(layout, data), self._kinds, self._base_rows)
+        if self._is_shared and (changes or layout.vocabulary is not None):
+            whose = ", ".join(sorted(changes)) or "tokens that it adds"
+            raise _not_shared(f"it has weights of its own for {whose}")
         return LoRAWeights(key, pairs, changes, layout.vocabulary)
 
 
@@ -172,6 +181,11 @@ def weights_bytes(folder: Path) -> int:
         return (folder / WEIGHTS_FILE).stat().st_size
     except OSError:
         return 0
+
+
+def _not_shared(found: str) -> AdapterInvalid:
+    said = "with tensor_parallel_degree above 1 adapters can only add to linear modules"
+    return AdapterInvalid(f"{found}; {said}", "modules")
 
 
 def _refuse_links(folder: Path) -> None:

@@ -63,15 +63,13 @@ class Plan:
         """Modules that are replaced by trained copies."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but A and B of linear modules that see all tokens."""
-        return all(
-            wanted.role in {Role.A, Role.B}
-            and not self.targets[wanted.module].is_head
-            and not self.targets[wanted.module].is_embedding
-            for wanted in self.wanted.values()
-            if wanted.required
-        )
+    def extra(self) -> str | None:
+        """A tensor that is not A or B of a linear module that sees all tokens; None if none is wanted."""
+        return next((name for name, own in self.wanted.items() if own.required and not self._adds(own)), None)
+
+    def _adds(self, wanted: Wanted) -> bool:
+        target = self.targets[wanted.module]
+        return wanted.role in {Role.A, Role.B} and not target.is_head and not target.is_embedding
 
     def check(self, found: Mapping[str, tuple[int, ...]], sizes: VocabularySizes) -> Vocabulary | None:
         """Compare with the tensors that a file has, by name and shape.

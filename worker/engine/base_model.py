@@ -1,7 +1,7 @@
 """Loads a base model and checks that it is one this engine serves right."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from worker.engine.parallel.cuts import plan_cuts
 from worker.engine.products import has_bfloat16
 from worker.engine.rope import RopeScaling
 from worker.engine.tokenizer import Tokenizer
@@ -74,10 +75,12 @@ def load_base_model(
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
     rope_factors: tuple[float, ...] = (),
+    degree: int = 1,
 ) -> BaseModel:
     """The model and tokenizer in folder `path` (or of that hub id), ready for inference on `device`.
 
-    With `rope_factors` rows of adapters that ask for one of them may be that much longer.
+    With `rope_factors` rows of adapters that ask for one of them may be that much longer. If `degree` devices
+    are to share it, it stays on the host, whole.
 
     Raises ModelError if it cannot be read, is no decoder-only language model, or attends in a way that
     transformers' attention interface does not reach.
@@ -85,7 +88,11 @@ def load_base_model(
     with _readable_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = resolve_dtype(dtype, device, config)
-        _check_memory(_outline(config, trust_remote_code), chosen, device)
+        outline = _outline(config, trust_remote_code)
+        cut = plan_cuts(outline, degree) if degree > 1 else {}
+        _check_memory(outline, chosen, device, cut, degree)
+        if degree > 1 and device.type != "cpu":
+            _check_memory(outline, chosen, torch.device("cpu"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -95,7 +102,9 @@ def load_base_model(
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ModelError(f"the base model at {path} lacks weights: {missing}")
     _check_supported(model)
-    model.requires_grad_(False).train(False).to(device)
+    model.requires_grad_(False).train(False)
+    if degree == 1:
+        model.to(device)
     rope = RopeScaling(rope_factors, _native_len(config.get_text_config(), max_model_len))
     return BaseModel(
         model=model,
@@ -135,9 +144,22 @@ def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedMod
     return model
 
 
-def _check_memory(outline: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ModelError if the weights alone are more than what is free."""
-    needed = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
+def _check_memory(
+    outline: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Container[str] = (),
+    degree: int = 1,
+) -> None:
+    """Raise ModelError if the weights alone are more than what is free.
+
+    The modules in `cut` are divided among `degree` GPUs; on the CPU all of them take from the same memory.
+    """
+    parts = degree if device.type == "cuda" else 1
+    needed = dtype.itemsize * sum(
+        parameter.numel() // (parts if name.rpartition(".")[0] in cut else 1)
+        for name, parameter in outline.named_parameters()
+    )
     free = free_memory(device)
     if needed > free:
         raise ModelError(

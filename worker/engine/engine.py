@@ -259,6 +259,8 @@ class Engine:
             try:
                 self._runner.put_adapter(slot, self._weights(key))
                 took.append(time.perf_counter() - started)
+            except EngineFailed:
+                raise
             except Exception as exc:
                 logger.exception("adapter %s could not be put into slot %d", key.name, slot)
                 code = "oom" if isinstance(exc, torch.OutOfMemoryError) else "internal"
@@ -279,6 +281,8 @@ class Engine:
             return self._settle_flight(), []
         try:
             launched = self._runner.launch(batch, self._flight)
+        except EngineFailed:
+            raise
         except Exception:
             logger.warning("a step could not be launched ahead", exc_info=True)
             completions = self._settle_flight()
@@ -297,6 +301,8 @@ class Engine:
             return []
         try:
             outcome = self._runner.collect(flight)
+        except EngineFailed:
+            raise
         except Exception as exc:  # a device that fails so late leaves nothing to go on with
             raise EngineFailed(f"the device failed in a step that was under way: {exc}") from exc
         self._failed_alone = 0
@@ -308,6 +314,8 @@ class Engine:
             return [], []
         try:
             outcome = self._runner.run(batch)
+        except EngineFailed:
+            raise
         except torch.OutOfMemoryError as exc:
             torch.cuda.empty_cache()
             return self._split(batch, exc, "oom")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from worker.engine.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.module_changes import ChangeStep, ModuleChanges
 from worker.engine.projections import Projection
 from worker.engine.rope import scaled_positions
@@ -84,6 +85,8 @@ class Executor(abc.ABC):
             self.lora.put(slot, weights)
         else:
             self._pairless.add(slot)
+        if self.rope_factors is not None:
+            self.rope_factors[slot] = weights.rope_factor
 
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
@@ -105,6 +108,22 @@ class Executor(abc.ABC):
 
     def _plan_changes(self, rows: Sequence[PackedRow]) -> ChangeStep | None:
         return self.changes.plan([(row.slot, len(row.tokens), row.keep) for row in rows])
+
+    def scrub(self, leftovers: Sequence[Leftover]) -> None:
+        """Zero what earlier rows have left in blocks."""
+        for leftover in leftovers:
+            self._attention.scrub(*leftover)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Make blocks begin with what others begin with, one after the other."""
+        for copy in copies:
+            self._attention.copy(*copy)
+
+    def check(self) -> None:  # noqa: B027 (nothing by default)
+        """Raise EngineFailed if what runs gave since the last time may be wrong."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what runs beside this process."""
 
     @abc.abstractmethod
     def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:

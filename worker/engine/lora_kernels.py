@@ -7,12 +7,19 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.adapter import LoRAPair, LoRAWeights
-from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
+from worker.engine.kernels.lora import (
+    LoRATable,
+    TokenTiles,
+    add_lora,
+    add_lora_parts,
+    scratch_size,
+    tile_tokens,
+)
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.limits import EngineLimits
-from worker.engine.lora_ops import add_stack
+from worker.engine.lora_ops import add_stack, collected, expand_stack
 from worker.engine.lora_plan import Run, merge_runs
-from worker.engine.projections import Projection
+from worker.engine.projections import LoRAShare, Projection
 from worker.engine.transfer import to_device
 
 
@@ -119,10 +126,12 @@ class KernelLoRALayers:
         table = self._tables.get(names)
         if table is None:
             projection, limits = self._projections[names], self._limits
+            share = projection.lora
             table = self._tables[names] = LoRATable(
                 limits.max_loras,
                 projection.in_features,
-                projection.sizes,
+                projection.lora_sizes,
+                parts=1 if share is None else share.parts,
                 max_rank=limits.max_lora_rank,
                 dtype=limits.lora_dtype,
                 device=self._device,
@@ -133,8 +142,28 @@ class KernelLoRALayers:
             if needed > len(self._scratch):
                 self._scratch = torch.empty(needed, dtype=torch.float32, device=self._device)
             self.generation += 1
-            projection.addition = partial(self._add, table)
+            projection.addition = (
+                partial(self._add, table) if share is None else partial(self._add_shared, table, share)
+            )
         return table
+
+    def _add_shared(self, table: LoRATable, share: LoRAShare, x: torch.Tensor, y: torch.Tensor) -> None:
+        """As `_add`, with an exchange for what goes by the kernels and one for the rest."""
+        if self.step is None:
+            return
+        if share.columns is not None:
+            y = y[:, share.columns]
+        if self.step.tiles is not None:
+            add_lora_parts(x, y, table, self.step.tiles, self._scratch, share.collect)
+        runs = [
+            (slice(start, stop), stack)
+            for slot, start, stop in self.step.dense
+            if (stack := table.stack(slot)) is not None
+        ]
+        if runs:
+            hs = collected([x[own] @ stack.a for own, stack in runs], share.collect)
+            for h, (own, stack) in zip(hs, runs, strict=True):
+                expand_stack(h, y[own], stack)
 
     def _add(self, table: LoRATable, x: torch.Tensor, y: torch.Tensor) -> None:
         if self.step is None:
@@ -149,7 +178,7 @@ class KernelLoRALayers:
     def _situation(self) -> Situation:
         decode, chunks = self._capacities
         return Situation(
-            [(projection.in_features, tuple(projection.sizes)) for projection in self._projections.values()],
+            [(projection.in_features, projection.lora_sizes) for projection in self._projections.values()],
             decode_tokens=decode,
             chunk_tokens=chunks,
             max_loras=self._limits.max_loras,

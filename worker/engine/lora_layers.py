@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.adapter import LoRAWeights
-from worker.engine.lora_ops import add_stack, weighted_sums
+from worker.engine.lora_ops import add_stack, collected, expand_stack, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
 from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries, every_row
-from worker.engine.projections import Projection
+from worker.engine.projections import LoRAShare, Projection
 
 _LEAST_RANK = 8
 """Ranks are padded to a power of two from here on: few tables, at most half of each padding."""
@@ -56,7 +56,12 @@ class LoRALayers:
         self._costs = costs
         self._max_loras = max_loras
         self._names = [*projections]
-        self._dimensions = [Dimensions(p.in_features, tuple(p.sizes)) for p in projections.values()]
+        self._shares = [projection.lora for projection in projections.values()]
+        self._parts = max((share.parts for share in self._shares if share is not None), default=1)
+        self._dimensions = [
+            Dimensions(own.in_features, own.lora_sizes, 1 if share is None else share.parts)
+            for own, share in zip(projections.values(), self._shares, strict=True)
+        ]
         for number, projection in enumerate(projections.values()):
             projection.addition = partial(self._add, number)
         self._shape = _shape([*projections.values()])
@@ -107,8 +112,11 @@ class LoRALayers:
         return LoRAStep([*map(self._segment, chunks)], rows, dtype)
 
     def _form(self, weights: LoRAWeights) -> Form:
+        # Of B: a process may have a part of A's alone.
+        rank = max(_LEAST_RANK, *(pair.b.shape[1] for pair in weights.pairs.values()))
+        own = -(-rank // self._parts)
         return Form(
-            max(_LEAST_RANK, 1 << (weights.rank - 1).bit_length()),
+            self._parts * (1 << (own - 1).bit_length()),
             tuple(
                 tuple(number for number, name in enumerate(names) if name in weights.pairs)
                 for names in self._names
@@ -139,19 +147,24 @@ class LoRALayers:
 
     def _add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add to y [T, out] of a projection what the step's tokens are due for x [T, in], in place."""
-        step = self.step
+        step, share = self.step, self._shares[number]
         if step is None:
             return
+        if share is not None and share.columns is not None:
+            y = y[:, share.columns]
         if step.dtype == y.dtype:
-            _apply(step, number, x, y)
+            _apply(step, number, x, y, share)
         elif any(table.fields[number] for table, _ in (*step.segments, *step.rows)):
             # `lora_dtype` differs from the base model's: the sum alone is in ours.
             delta = torch.zeros_like(y, dtype=step.dtype)
-            _apply(step, number, x.to(step.dtype), delta)
+            _apply(step, number, x.to(step.dtype), delta, share)
             y.add_(delta)
 
 
-def _apply(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+def _apply(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor, share: LoRAShare | None) -> None:
+    if share is not None:
+        _apply_shared(step, number, x, y, share)
+        return
     for table, (entry, start, stop) in step.segments:
         field = table.fields[number]
         if field is not None:
@@ -160,6 +173,21 @@ def _apply(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor) -> Non
         field = table.fields[number]
         if field is not None:
             field.add(x, y, tokens)
+
+
+def _apply_shared(step: LoRAStep, number: int, x: torch.Tensor, y: torch.Tensor, share: LoRAShare) -> None:
+    """As `_apply`, with one exchange for all that a projection has to do."""
+    segments = [(field, run) for table, run in step.segments if (field := table.fields[number]) is not None]
+    rows = [(field, tokens) for table, tokens in step.rows if (field := table.fields[number]) is not None]
+    hs = [x[start:stop] @ field.stack(entry).a for field, (entry, start, stop) in segments]
+    hs += [field.shrink(x, tokens) for field, tokens in rows]
+    if not hs:
+        return
+    whole = iter(collected(hs, share.collect))
+    for field, (entry, start, stop) in segments:
+        expand_stack(next(whole), y[start:stop], field.stack(entry))
+    for field, tokens in rows:
+        field.expand(field.side_by_side(next(whole)), y, tokens)
 
 
 def _shape(projections: Sequence[Projection]) -> Shape:

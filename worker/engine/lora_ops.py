@@ -4,7 +4,7 @@ Shapes: x is [T, in], y is [T, out]. Several modules that share x are served at 
 by side, R is the sum of their ranks, and their y's lie side by side too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ class Part(NamedTuple):
     """One module's b among those of a stack: it takes columns of h, and adds to columns of y."""
 
     ranks: slice
+    """Of those that a has: others may have the rest of them."""
     columns: slice
     b: torch.Tensor
     """[r, out], the scaling folded in."""
@@ -46,6 +47,22 @@ def add_stack(x: torch.Tensor, y: torch.Tensor, stack: Stack) -> None:
     h = x @ stack.a
     for part in stack.parts:
         y[:, part.columns].addmm_(h[:, part.ranks], part.b)
+
+
+def expand_stack(h: torch.Tensor, y: torch.Tensor, stack: Stack) -> None:
+    """Add to y in place what the b's make of h [parts, T, R / parts]: x @ a, by whoever has a part of a."""
+    for part in stack.parts:
+        own = h[..., part.ranks].movedim(0, 1).flatten(1)
+        y[:, part.columns].addmm_(own, part.b)
+
+
+def collected(
+    hs: Sequence[torch.Tensor], collect: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Put each of `hs` through `collect`, [n] -> [parts, n], all of them at once: [parts, *shape] each."""
+    whole = collect(torch.cat([h.flatten() for h in hs]))
+    parts = torch.split(whole, [h.numel() for h in hs], dim=1)
+    return [part.reshape(len(whole), *h.shape) for part, h in zip(parts, hs, strict=True)]
 
 
 class Chosen(NamedTuple):

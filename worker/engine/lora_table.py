@@ -20,13 +20,15 @@ class Dimensions(NamedTuple):
     in_features: int
     sizes: tuple[int, ...]
     """The outs of its modules."""
+    parts: int = 1
+    """Ranks of processes among whom A's rank is divided."""
 
 
 class Form(NamedTuple):
     """What adapters have in common that lie in one table."""
 
     rank: int
-    """Of all their modules: smaller ones are padded with zeros."""
+    """Of all their modules: smaller ones are padded with zeros. Where A's is divided, that of B."""
     modules: tuple[tuple[int, ...], ...]
     """For each projection, the numbers of its modules that have an adapter."""
 
@@ -51,7 +53,7 @@ class LoRATable:
 
     def write(self, entry: int, pairs: Sequence[Sequence[LoRAPair | None]]) -> None:
         """Replace an entry by `pairs`, for each projection one for each of its modules, as the form says."""
-        if any(pair is not None and pair.rank < self.form.rank for own in pairs for pair in own):
+        if any(pair is not None and pair.b.shape[1] < self.form.rank for own in pairs for pair in own):
             self._memory[entry].zero_()
         for field, own in zip(self.fields, pairs, strict=True):
             if field is not None:
@@ -72,8 +74,12 @@ class _Layout(NamedTuple):
         return tuple(self.projection.sizes[module] for module in self.modules)
 
     @property
+    def a_rank(self) -> int:
+        return self.rank // self.projection.parts
+
+    @property
     def a_width(self) -> int:
-        return self.rank * len(self.modules)
+        return self.a_rank * len(self.modules)
 
     @property
     def b_width(self) -> int:
@@ -125,12 +131,18 @@ class Field:
 
     def write(self, entry: int, pairs: Sequence[LoRAPair | None]) -> None:
         """`pairs` are those of the projection's modules; what they leave of the entry's rank stays."""
-        stack = self.stack(entry)
+        stack, parts, a_rank = self.stack(entry), self._layout.projection.parts, self._layout.a_rank
         for module, part in zip(self._layout.modules, stack.parts, strict=True):
             pair = pairs[module]
             assert pair is not None, "an adapter of another form"
             stack.a[:, part.ranks][:, : pair.rank] = pair.a.T
-            part.b[: pair.rank] = pair.b.T
+            b = part.b.view(parts, a_rank, -1)
+            b[:, : pair.rank] = pair.b.T.reshape(parts, pair.rank, -1)
+
+    def side_by_side(self, h: torch.Tensor) -> torch.Tensor:
+        """What came of `shrink` in all parts, [parts, T, R / parts] -> [T, R], module by module."""
+        modules = len(self._layout.modules)
+        return h.reshape(*h.shape[:2], modules, -1).permute(1, 2, 0, 3).flatten(1)
 
     def stack(self, entry: int) -> Stack:
         """The entry as matrices; views."""
@@ -141,11 +153,18 @@ class Field:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, entries: "TokenEntries") -> None:
         """Add to y in place what the tokens of `entries` are due."""
-        x, y = x[entries.tokens], y[entries.tokens]
-        h = weighted_sums(self._a_rows, entries.chosen(self._shrink), x.reshape(-1))
+        self.expand(self.shrink(x, entries), y, entries)
+
+    def shrink(self, x: torch.Tensor, entries: "TokenEntries") -> torch.Tensor:
+        """What the tokens of `entries` make by A, [their number, R / parts]."""
+        return weighted_sums(self._a_rows, entries.chosen(self._shrink), x[entries.tokens].reshape(-1))
+
+    def expand(self, h: torch.Tensor, y: torch.Tensor, entries: "TokenEntries") -> None:
+        """Add to y in place what B makes of h [tokens of `entries`, R]."""
+        y = y[entries.tokens]
         weights = h if self._weights is None else h.index_select(1, self._weights)
         sums = weighted_sums(self._b_rows, entries.chosen(self._expand), weights.view(-1))
-        delta = sums.view(len(x), -1)
+        delta = sums.view(len(y), -1)
         if self._takes_all:
             y.add_(delta)
         else:
@@ -156,7 +175,7 @@ class Field:
         layout, memory, parts = self._layout, self._memory[entry], []
         for number, (columns, own) in enumerate(zip(self._columns, self._own_columns, strict=True)):
             start, stop = (layout.b_start + layout.rank * end for end in (own.start, own.stop))
-            ranks = slice(number * layout.rank, (number + 1) * layout.rank)
+            ranks = slice(number * layout.a_rank, (number + 1) * layout.a_rank)
             parts.append(Part(ranks, columns, memory[start:stop].view(layout.rank, -1)))
         a = memory[layout.a_start :][: layout.projection.in_features * layout.a_width]
         return Stack(a.view(-1, layout.a_width), tuple(parts))

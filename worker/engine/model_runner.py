@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from worker.engine.adapter import LoRAWeights, Target
 from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel, free_memory
-from worker.engine.discovery import Discovery, discover
+from worker.engine.discovery import Discovery, discover, foresee
 from worker.engine.executor import Executor, HostExecutor, PackedRow
 from worker.engine.fingerprints import fingerprints
 from worker.engine.kernels.tilings import Tuner
@@ -20,9 +21,10 @@ from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
-from worker.engine.merging import Merging
+from worker.engine.merging import LoRAMode, Merging
 from worker.engine.module_changes import ModuleChanges
 from worker.engine.pages import give_back_freed
+from worker.engine.parallel.share import Share
 from worker.engine.projections import Projection, tied_weights
 from worker.engine.rope import RopeScaling, check_scalable, scaled
 from worker.engine.sampler import Group, Sample, Sampled, choose_in_groups, collect, fetch, prepare
@@ -30,7 +32,7 @@ from worker.engine.scheduler import Batch, ScheduledRow
 from worker.engine.scores import Scores
 from worker.engine.sequence import Scored, Sequence
 from worker.engine.transfer import to_device
-from worker.errors import ModelError
+from worker.errors import EngineFailed, ModelError
 from worker.jobs import AdapterKey
 
 logger = logging.getLogger(__name__)
@@ -95,16 +97,21 @@ class ModelRunner:
         costs: Costs | None = None,
         tuner: Tuner | None = None,
         kernels: bool | None = None,
+        share: Share | None = None,
     ) -> None:
         """`memory_share` is the part of the memory left by the weights that the KV cache may take.
 
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
         what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
-        do, and `tuner` fits those of LoRA to the device.
+        do, and `tuner` fits those of LoRA to the device. With a `share` the model, which is on the host, is
+        cut down to it; all ranks construct theirs at the same time, and alike, rank 0 from the whole.
         """
         self._base = base
         self._model = base.model
         self._limits = limits
+        self._share = share
+        if share is not None and limits.lora_mode is not LoRAMode.UNMERGED:
+            raise ModelError(f"lora_mode is {limits.lora_mode}, and a model that is shared cannot be merged")
         self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
         self._merging = Merging(limits.lora_mode)
@@ -114,7 +121,11 @@ class ModelRunner:
         """Token ids from this on are unknown to the model."""
         self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
         try:
-            self._build(cache_shape, memory_share, costs, tuner)
+            expected = self._expect()
+            if share is not None:
+                share.take(self._model)
+                self._model.to(base.device)  # type: ignore[arg-type]
+            self._build(expected, cache_shape, memory_share, costs, tuner)
         except (ModelError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as exc:  # whatever a model's own code makes of the example
@@ -122,24 +133,36 @@ class ModelRunner:
             raise ModelError(f"{name} cannot be served: a short example ended with {exc!r}") from exc
 
     @torch.inference_mode()
+    def _expect(self) -> "_Expected":
+        """What only the whole model tells; a rank that has not got it leaves it to rank 0."""
+        share, rope = self._share, self._limits.rope
+        if rope.factors:
+            check_scalable(self._base.model.config.get_text_config(), type(self._model).__name__)
+        self.base_rows: dict[str, torch.Tensor] = {}
+        """Of the weights that have a row for each token, by module; see `fingerprints`."""
+        if share is not None and share.rank.number:
+            return _Expected(None, dict.fromkeys(rope.factors))
+        device = self._base.device if share is None else torch.device("cpu")
+        expected = self._probe.expected(self._model, device)
+        self.num_logits: int = expected.shape[-1]
+        """Token ids from this on are never generated."""
+        self.base_rows = self._fingerprints()
+        return _Expected(expected, self._expect_scaled(rope, device))
+
+    @torch.inference_mode()
     def _build(
         self,
+        expected: "_Expected",
         cache_shape: CacheShape | None,
         memory_share: float | None,
         costs: Costs | None,
         tuner: Tuner | None,
     ) -> None:
         model, device = self._model, self._base.device
-        expected = self._probe.expected(model, device)
-        scaled_up = self._expect_scaled(self._limits.rope)
-        self.num_logits: int = expected.shape[-1]
-        """Token ids from this on are never generated."""
         model.set_attn_implementation(self._attention.name)
         found = self._discover(self._probe)
         self.targets: dict[str, Target] = self._checked(found)
         """Modules that adapters may name."""
-        self.base_rows = self._fingerprints()
-        """Of the weights that have a row for each token, by module; see `fingerprints`."""
         projections, head = self._project(found)
         self._projections = projections
         changes = ModuleChanges(model, projections, head, self.targets, found.axes)
@@ -150,8 +173,8 @@ class ModelRunner:
         self._executor = self._make_executor(projections, changes, costs, tuner)
         if self._limits.rope.factors:
             self._executor.rope_factors = {}  # before the first step: what graphs are given depends on it
-        self._verify(self._probe, expected)
-        for factor, own in scaled_up.items():
+        self._verify(self._probe, expected.plain)
+        for factor, own in expected.scaled.items():
             self._executor.rope_factors = {None: factor}
             self._verify(self._probe, own)
             self._executor.rope_factors = {}
@@ -161,6 +184,23 @@ class ModelRunner:
         blocks, size = self.cache_shape
         return blocks * size * self._attention.bytes_per_token
 
+    @property
+    def executor(self) -> Executor:
+        return self._executor
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks have parts of the model: adapters may only add to linear modules then."""
+        return self._share is not None
+
+    def lead(self, lead: Callable[[Executor], Executor]) -> None:
+        """From now on everything goes by what `lead` makes of the executor: it has others do the same."""
+        self._executor = lead(self._executor)
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        self._executor.close()
+
     @torch.inference_mode()
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
@@ -169,8 +209,6 @@ class ModelRunner:
         self._executor.put(slot, weights)
         if weights.key == self._merging.merged:
             self._executor.merged_slot = slot
-        if self._executor.rope_factors is not None:
-            self._executor.rope_factors[slot] = weights.rope_factor
 
     @property
     def lora_extra_vocab_size(self) -> int:
@@ -216,6 +254,8 @@ class ModelRunner:
         """Whether a batch that is known to be good can still be computed. Leaves the cache alone."""
         try:
             return bool(torch.isfinite(self._executor.run_uncached(self._probe.prompts)).all())
+        except EngineFailed:
+            raise
         except Exception:  # what it cannot do is what was asked
             logger.exception("a batch that is known to be good failed")
             return False
@@ -223,15 +263,14 @@ class ModelRunner:
     @torch.inference_mode()
     def scrub(self, leftovers: Iterable[Leftover]) -> None:
         """Zero what earlier rows have left in blocks. The kernels never read it: with them it may stay."""
-        if not self._kernels:
-            for leftover in leftovers:
-                self._attention.scrub(*leftover)
+        if not self._kernels and (places := [*leftovers]):
+            self._executor.scrub(places)
 
     @torch.inference_mode()
     def copy_prefixes(self, copies: Iterable[BlockCopy]) -> None:
         """Make blocks begin with what others begin with, one after the other."""
-        for copy in copies:
-            self._attention.copy(*copy)
+        if own := [*copies]:
+            self._executor.copy(own)
 
     def run(self, batch: Batch) -> "Outcome":
         """Put `batch` through the model and wait for what comes of it; see `launch`."""
@@ -277,6 +316,7 @@ class ModelRunner:
         started = time.perf_counter()
         samples = [] if launched.fetched is None else collect(launched.fetched)
         scores = launched.scores.collect()
+        self._executor.check()
         self.timings = self.timings._replace(
             sample_seconds=self.timings.sample_seconds + time.perf_counter() - started
         )
@@ -326,15 +366,12 @@ class ModelRunner:
         kept = to_device(torch.tensor(ends, dtype=torch.long), logits.device)
         return scores, logits.index_select(0, kept)
 
-    def _expect_scaled(self, rope: RopeScaling) -> dict[float, torch.Tensor]:
+    def _expect_scaled(self, rope: RopeScaling, device: torch.device) -> dict[float, torch.Tensor | None]:
         """The example's logits by each factor that positions may be scaled with."""
-        if not rope.factors:
-            return {}
-        check_scalable(self._base.model.config.get_text_config(), type(self._model).__name__)
-        found = {}
+        found: dict[float, torch.Tensor | None] = {}
         for factor in rope.factors:
             with scaled(self._model, factor):
-                found[factor] = self._probe.expected(self._model, self._base.device)
+                found[factor] = self._probe.expected(self._model, device)
         return found
 
     def _discover(self, probe: "_Probe") -> Discovery:
@@ -342,7 +379,8 @@ class ModelRunner:
         lora, changes = LoRALayers({}, max_loras=0), ModuleChanges(self._model, {}, None, {}, {})
         attention, device = self._attention, self._base.device
         executor = HostExecutor(self._model, attention, [], lora, device, changes=changes, block_size=1)
-        found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
+        with nullcontext() if self._share is None else self._share.disguised(self._model):
+            found = discover(self._model, lambda: executor.run_uncached(probe.prompts), 2 * probe.length)
         layers = self._base.model.config.get_text_config().num_hidden_layers
         if sorted(self._attention.shapes) != list(range(layers)):
             raise ModelError(
@@ -353,17 +391,20 @@ class ModelRunner:
         return found
 
     def _checked(self, found: Discovery) -> dict[str, Target]:
-        """The targets, without a head whose output is not yet the logits."""
-        targets = dict(found.targets)
-        head = found.head
-        if head is not None and targets[head].out_features != self.num_logits:
+        """The targets as the whole model has them, without a head whose output is not yet the logits."""
+        share, head = self._share, found.head
+        targets = dict(found.targets if share is None else share.whole(found.targets))
+        knows = share is None or not share.rank.number
+        if head is not None and knows and targets[head].out_features != self.num_logits:
             cut = f"it writes {targets[head].out_features} logits, the model {self.num_logits}"
             targets[head] = targets[head]._replace(refused=cut, fixed=cut)
         return targets
 
     def _fingerprints(self) -> dict[str, torch.Tensor]:
-        """Only while the weights are there: a packed one cannot be looked at again."""
-        names = [name for name, target in self.targets.items() if target.has_tokens]
+        """Only while the weights are there, whole: a packed one cannot be looked at again."""
+        if not self._limits.max_loras:
+            return {}
+        names = [name for name, target in foresee(self._model).items() if target.has_tokens]
         weights = {name: self._model.get_parameter(f"{name}.weight") for name in names}
         known = {weight.data_ptr(): weight for weight in weights.values()}  # what is tied is looked at once
         found = {pointer: fingerprints(weight) for pointer, weight in known.items()}
@@ -375,11 +416,15 @@ class ModelRunner:
         """Take over the model's linear modules; the head by itself."""
         modules, keep = dict(self._model.named_modules()), tied_weights(self._model)
         projections = {}
-        for names in found.groups:
-            projections[names] = Projection([modules[name] for name in names], keep)
+        share = self._share
+        for group in found.groups:
+            for names in [group] if share is None else share.divide(group):
+                exchange = None if share is None else share.exchange(names)
+                projections[names] = Projection([modules[name] for name in names], keep, exchange)
         if found.head is None:
             return projections, None
-        return projections, (found.head, Projection([modules[found.head]], keep))
+        exchange = None if share is None else share.exchange([found.head])
+        return projections, (found.head, Projection([modules[found.head]], keep, exchange))
 
     def _make_executor(
         self,
@@ -408,7 +453,8 @@ class ModelRunner:
             block_size=size,
             max_blocks=-(-self._base.max_model_len // size),
             max_num_seqs=self._limits.max_num_seqs,
-            capture=CudaCapture(device) if device.type == "cuda" else None,
+            # Collectives in a captured graph have not been tried.
+            capture=CudaCapture(device) if device.type == "cuda" and self._share is None else None,
         )
 
     def _check_windows(self) -> None:
@@ -431,7 +477,14 @@ class ModelRunner:
         """One block a sequence where all of them fit at full length, else small blocks in what there is."""
         length, device = self._base.max_model_len, self._base.device
         share = _MEMORY_SHARE[device.type] if memory_share is None else memory_share
-        budget = int(free_memory(device) * share)
+        if self._share is not None:
+            group = self._share.group
+            # The ranks of a host share its memory; all that each lets go of has been let go of by all.
+            group.least(0)
+            budget = int(free_memory(device) * share)
+            budget = group.least(budget // (group.rank.degree if device.type == "cpu" else 1))
+        else:
+            budget = int(free_memory(device) * share)
         tokens = budget // self._attention.bytes_per_token
         if tokens >= max_num_seqs * length and device.type == "cpu":
             return CacheShape(max_num_seqs, length)
@@ -446,17 +499,22 @@ class ModelRunner:
             )
         return CacheShape(blocks, _PAGED_BLOCK_SIZE)
 
-    def _verify(self, probe: "_Probe", expected: torch.Tensor) -> None:
-        """Put each row through in chunks, then token by token; all logits must be the model's own."""
+    def _verify(self, probe: "_Probe", expected: torch.Tensor | None) -> None:
+        """Put each row through in chunks, then token by token; all logits must be the model's own.
+
+        Without them this is a rank that takes its part, and leaves it to rank 0 to judge.
+        """
         size = self.cache_shape.block_size
         blocks = list(range(-(-probe.length // size)))
         worst = 0.0
-        for row, own in enumerate(expected):
+        for row in range(len(probe.prompts)):
             got = []
             for offset, tokens in probe.steps(row):
                 logits = self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))])
                 got.append(logits.clone())  # the next run may overwrite them
-            worst = max(worst, float((torch.cat(got).float() - own).norm() / own.norm()))
+            if expected is not None:
+                own = expected[row]
+                worst = max(worst, float((torch.cat(got).float().to(own.device) - own).norm() / own.norm()))
             for block in blocks:
                 self._attention.scrub(block, 0, min(size, probe.length))
         limit = _TOLERANCE[self._base.dtype]
@@ -465,6 +523,14 @@ class ModelRunner:
                 f"{type(self._model).__name__} cannot be served: packed logits differ from its own by "
                 f"{worst:.2g} of their size, the limit is {limit:.2g} for {self._base.dtype}"
             )
+
+
+class _Expected(NamedTuple):
+    """The example's logits from the plain model; None on a rank that does not judge its own."""
+
+    plain: torch.Tensor | None
+    scaled: dict[float, torch.Tensor | None]
+    """By each factor that positions may be scaled with."""
 
 
 class _Probe:

@@ -5,9 +5,9 @@ is called computes all of it, as one product, and the others hand out their part
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +31,30 @@ class Widening(Protocol):
         """Read x [T, in] and return y [T, out] changed, perhaps with more columns."""
 
 
+class LoRAShare(NamedTuple):
+    """How the ranks that share a projection divide LoRA on it, where none does it as if it were alone."""
+
+    parts: int
+    """Ranks among which the rank of A is divided: each has so much less of it than of B's."""
+    columns: slice | None
+    """Of y that this rank's B is for; None for all."""
+    collect: Callable[[torch.Tensor], torch.Tensor]
+    """What this rank made by its A's, [n] -> what all of them made, [parts, n]: one part after the other, or
+    the sum."""
+
+
+class Exchange(Protocol):
+    """What the ranks that share a projection tell each other; see `parallel.share`."""
+
+    lora: LoRAShare | None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in], as the model gives it -> what this rank has weights for."""
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., out], made by this rank's weights, and perhaps changed in place -> what the model gets."""
+
+
 def is_linear(module: nn.Module) -> bool:
     return type(module) in {nn.Linear, Conv1D}
 
@@ -49,7 +73,9 @@ class Projection:
     Their outputs lie side by side in `[T, sum of out]`; each module returns its columns as a view.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], keep: frozenset[int]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], keep: frozenset[int], exchange: Exchange | None = None
+    ) -> None:
         """Take over the weights of `modules`, but those whose data pointer is in `keep`."""
         self.in_features = features(modules[0])[0]
         self.sizes = [features(module)[1] for module in modules]
@@ -59,6 +85,7 @@ class Projection:
         """As `addition`, before it; None unless an adapter does more than add."""
         self.widening: Widening | None = None
         """After both; None unless an adapter changes the head."""
+        self._exchange = exchange
         weight, self.bias = _fused(modules)
         """[sum of out]; None where no module has one."""
         self.row_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
@@ -102,6 +129,17 @@ class Projection:
         y = self._product(x)
         return y if self.bias is None else y - self.bias
 
+    @property
+    def lora(self) -> LoRAShare | None:
+        """How LoRA on it is divided among ranks; None if it is done as if there were one."""
+        return None if self._exchange is None else self._exchange.lora
+
+    @property
+    def lora_sizes(self) -> tuple[int, ...]:
+        """The outs that this rank's LoRA adds to, for each module."""
+        columns = None if self.lora is None else self.lora.columns
+        return tuple(self.sizes) if columns is None else (columns.stop - columns.start,)
+
     def forget(self) -> None:
         """Drop what a pass that was broken off has left."""
         self._x, self._parts = None, []
@@ -120,15 +158,20 @@ class Projection:
         if self.uses_merged:
             product = self._product if self._merged is None else self._merged
             return torch.split(product(x), self.sizes, dim=-1)
+        exchange = self._exchange
+        if exchange is not None:
+            x = exchange.enter(x)
         y = self._product(x)
         if self.change is not None:
             self.change(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         if self.addition is not None:
             self.addition(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        if exchange is not None:
+            y = exchange.leave(y)
         if self.widening is not None:
             y = self.widening(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(*y.shape[:-1], -1)
             return (y,)
-        return torch.split(y, self.sizes, dim=-1)
+        return torch.split(y, self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
 
 
 def tied_weights(model: nn.Module) -> frozenset[int]:

@@ -10,7 +10,7 @@ grid depends on sizes fixed at construction: a CUDA graph captured once goes on 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import triton
@@ -95,12 +95,18 @@ class LoRATable:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        parts: int = 1,
     ) -> None:
-        """`out_features` of each member; `max_rank` and `dtype` of one member's pairs."""
+        """`out_features` of each member; `max_rank` and `dtype` of one member's pairs.
+
+        With `parts` this holds the rows of A of one part in so many, and B for all of them.
+        """
         self.in_features = in_features
         self.out_features = tuple(out_features)
         self.dtype = dtype
-        self.max_rank = _round_up(max_rank, RANK_ALIGNMENT)
+        self.parts = parts
+        self.max_rank = _round_up(-(-max_rank // parts), RANK_ALIGNMENT)
+        """Of one part."""
         self.max_stacked_rank = self.max_rank * len(self.out_features)
         edges = list(itertools.accumulate(self.out_features, initial=0))
         self.sum_out = edges[-1]
@@ -110,7 +116,8 @@ class LoRATable:
         """[members + 1], where the members' columns of y start and end."""
         self.rows = torch.zeros(max_slots, 2 + 3 * len(edges[1:]), dtype=torch.int64, device=device)
         """[max_slots, 2 + 3 * members]: the address of the stacked A and its rank, then for each member
-        the address of B, its rank, and the first of its rows in the stack. Rank 0: nothing here."""
+        the address of B, its rank, and the first of its rows in the stack. Rank 0: nothing here. That of B
+        is of all parts."""
         self._held: dict[int, tuple[torch.Tensor, list[LoRAPair | None]]] = {}
         self._tilings: dict[Work, Tiling] = {}
 
@@ -132,9 +139,9 @@ class LoRATable:
     def put(self, slot: int, pairs: Sequence[LoRAPair | None]) -> None:
         """Replace what `slot` holds by one adapter: a pair for each member, None where it has nothing.
 
-        Pairs are of the table's dtype and on its device, `a` [r, in_features] and `b` [out_features, r] of
-        the member. B is used where it lies, unless its rank is no multiple of 8 or it is not contiguous; the
-        A of several members are stacked, which copies them.
+        Pairs are of the table's dtype and on its device, `a` [r, in_features] and `b`
+        [out_features, parts * r] of the member. B is used where it lies, unless its rank is no multiple of 8
+        or it is not contiguous; the A of several members are stacked, which copies them.
         """
         assert len(pairs) == len(self.out_features)
         padded = [None if pair is None else self._padded(pair) for pair in pairs]
@@ -146,8 +153,8 @@ class LoRATable:
         row, first = [a.data_ptr(), len(a)], 0
         for pair, out_features in zip(padded, self.out_features, strict=True):
             rank = 0 if pair is None else pair.rank
-            assert pair is None or pair.b.shape == (out_features, rank)
-            row += [0 if pair is None else pair.b.data_ptr(), rank, first]
+            assert pair is None or pair.b.shape == (out_features, rank * self.parts)
+            row += [0 if pair is None else pair.b.data_ptr(), rank * self.parts, first]
             first += rank
         self.rows[slot].copy_(torch.tensor(row))
         self._held[slot] = a, padded
@@ -178,7 +185,8 @@ class LoRATable:
         assert pair.a.shape[1] == self.in_features
         a, b = pair
         if missing:
-            a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
+            a = functional.pad(a, (0, 0, 0, missing))
+            b = functional.pad(b.reshape(len(b), self.parts, -1), (0, missing)).flatten(1)
         assert a.dtype == b.dtype == self.dtype
         assert a.device == b.device == self.rows.device
         return LoRAPair(_aligned(a), _aligned(b))
@@ -202,34 +210,78 @@ def add_lora(
     A token without an adapter is not touched. What a token gets does not depend on the tokens beside it,
     only on its own x and adapter, `tokens.tile_size` and the table's tiling. Never waits for the device.
     """
+    assert table.parts == 1
+    h = _launch_shrink(x, table, tokens, scratch)
+    _launch_expand(h, len(h), 1, y, table, tokens, x.dtype)
+
+
+def add_lora_parts(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    table: LoRATable,
+    tokens: TokenTiles,
+    scratch: torch.Tensor,
+    collect: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """As `add_lora`, where this process has one part of x, or one of A's rows, and others have the rest.
+
+    `collect` takes what A makes here, [n] float32, and returns what it makes everywhere, [table.parts, n]:
+    the parts one after the other, or the sum. It is called once, whatever is in `tokens`.
+    """
+    h = _launch_shrink(x, table, tokens, scratch)
+    whole = collect(h.sum(0).flatten() if len(h) > 1 else h.flatten())
+    assert len(whole) == table.parts
+    _launch_expand(whole, 1, table.parts, y, table, tokens, x.dtype)
+
+
+def _launch_shrink(
+    x: torch.Tensor, table: LoRATable, tokens: TokenTiles, scratch: torch.Tensor
+) -> torch.Tensor:
+    """What A makes of x, [splits, max_tokens, max_stacked_rank], in `scratch`; splits are to be summed."""
     assert len(x) <= tokens.max_tokens
-    assert x.shape == (len(y), table.in_features)
-    assert y.shape[1] == table.sum_out
-    assert x.stride(1) == y.stride(1) == 1
+    assert x.shape[1] == table.in_features
+    assert x.stride(1) == 1
     assert scratch.dtype == torch.float32
     tiling = table.tiling(table.work(tokens.max_tokens, x.dtype))
     split_stride = _split_size(table, tokens.max_tokens)
     assert scratch.numel() >= tiling.splits * split_stride
-    product = torch.promote_types(x.dtype, table.dtype)
-    dtypes = {"LORA": _TRITON_DTYPES[table.dtype], "PRODUCT": _TRITON_DTYPES[product]}
-
     _shrink[tokens.max_tiles, triton.cdiv(table.max_stacked_rank, tiling.ranks), tiling.splits](
         x, table.rows, tokens.order, tokens.slots, tokens.starts, tokens.stops, scratch,
         x.stride(0), split_stride,
         ROW=table.rows.shape[1], IN_FEATURES=table.in_features, H_STRIDE=table.max_stacked_rank,
         SPLITS=tiling.splits, BLOCK_M=tokens.tile_size, BLOCK_R=tiling.ranks, BLOCK_K=tiling.features,
-        **dtypes, num_warps=tiling.shrink_warps, num_stages=tiling.shrink_stages,
+        **_dtypes(table, x.dtype), num_warps=tiling.shrink_warps, num_stages=tiling.shrink_stages,
     )  # fmt: skip
+    return scratch[: tiling.splits * split_stride].view(tiling.splits, tokens.max_tokens, -1)
 
+
+def _launch_expand(
+    h: torch.Tensor,
+    splits: int,
+    parts: int,
+    y: torch.Tensor,
+    table: LoRATable,
+    tokens: TokenTiles,
+    dtype: torch.dtype,
+) -> None:
+    """Add to y what B makes of h [splits or parts, max_tokens, max_stacked_rank], of x of `dtype`."""
+    assert y.shape[1] == table.sum_out
+    assert y.stride(1) == 1
+    tiling = table.tiling(table.work(tokens.max_tokens, dtype))
     widest = triton.cdiv(max(table.out_features), tiling.columns)
     _expand[tokens.max_tiles, widest, len(table.out_features)](
-        scratch, table.rows, table.edges, tokens.order, tokens.slots, tokens.starts, tokens.stops, y,
-        y.stride(0), split_stride,
+        h, table.rows, table.edges, tokens.order, tokens.slots, tokens.starts, tokens.stops, y,
+        y.stride(0), _split_size(table, tokens.max_tokens),
         ROW=table.rows.shape[1], H_STRIDE=table.max_stacked_rank, ALIGNED=table.aligned,
-        SPLITS=tiling.splits, BLOCK_M=tokens.tile_size, BLOCK_N=tiling.columns,
-        BLOCK_R=min(power_of_two(table.max_rank), 32), **dtypes,
+        SPLITS=splits, PARTS=parts, BLOCK_M=tokens.tile_size, BLOCK_N=tiling.columns,
+        BLOCK_R=min(power_of_two(table.max_rank * parts), 32), **_dtypes(table, dtype),
         num_warps=tiling.expand_warps, num_stages=tiling.expand_stages,
     )  # fmt: skip
+
+
+def _dtypes(table: LoRATable, dtype: torch.dtype) -> dict[str, tl.dtype]:
+    product = torch.promote_types(dtype, table.dtype)
+    return {"LORA": _TRITON_DTYPES[table.dtype], "PRODUCT": _TRITON_DTYPES[product]}
 
 
 @triton.jit
@@ -272,11 +324,15 @@ def _shrink(
 def _expand(
     h, rows, edges, order, slots, starts, stops, y,
     y_stride, split_stride,
-    ROW: tl.constexpr, H_STRIDE: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr,
+    ROW: tl.constexpr, H_STRIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     LORA: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """y[token, member's columns] += (sum of h over splits) @ B.T, for (tile, block of columns, member)."""
+    """y[token, member's columns] += (sum of h over splits) @ B.T, for (tile, block of columns, member).
+
+    With PARTS h has the member's ranks in so many equal pieces, one where a split would be.
+    """
     tile, member = tl.program_id(0), tl.program_id(2)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start == stop:
@@ -299,7 +355,11 @@ def _expand(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, rank, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
-        h_from = h + places[:, None] * H_STRIDE + (first_rank + ranks)[None, :]
+        if PARTS == 1:
+            of_rank = first_rank + ranks
+        else:
+            of_rank = first_rank + ranks % (rank // PARTS) + ranks // (rank // PARTS) * split_stride
+        h_from = h + places[:, None] * H_STRIDE + of_rank[None, :]
         h_mask = held[:, None] & (ranks < rank)[None, :]
         h_part = tl.load(h_from, mask=h_mask, other=0.0)
         for split in tl.static_range(1, SPLITS):

@@ -1,0 +1,93 @@
+"""What every rank builds, rank 0 like the others: its share of a model, and an engine's runner on it."""
+
+import torch
+
+from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
+from worker.engine.kernels.tilings import Tuner
+from worker.engine.limits import EngineLimits
+from worker.engine.lora_plan import Costs
+from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.pages import give_back_freed
+from worker.engine.parallel.cuts import Rank, plan_cuts
+from worker.engine.parallel.orders import Setup
+from worker.engine.parallel.share import Share
+from worker.engine.products import product_dtype
+from worker.errors import ModelError
+
+
+def device_of(name: str, degree: int, rank: int) -> torch.device:
+    """Where a rank computes, `name` being the setting. Raises ModelError if there are too few GPUs."""
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index:
+        raise ModelError(
+            f"device is {name} and tensor_parallel_degree {degree}: the GPUs are taken from the first on; "
+            "say cuda, and choose them by CUDA_VISIBLE_DEVICES"
+        )
+    count = torch.cuda.device_count()
+    if degree > count:
+        raise ModelError(f"tensor_parallel_degree is {degree}, and {count} CUDA devices were found")
+    return torch.device("cuda", rank)
+
+
+def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_code: bool) -> None:
+    """Raise ModelError if the devices are not there, or the model in folder `weights` cannot be divided."""
+    for rank in range(degree):
+        device_of(name, degree, rank)
+    if weights is not None:
+        plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
+
+
+def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share]:
+    """The model on the host, of which all ranks but the first have taken their share. Raises ModelError.
+
+    Rank 0 needs the whole once more, to know what the shares must compute together.
+    """
+    share = Share(rank, fully_sharded=setup.fully_sharded)
+    base = load_base_model(
+        setup.weights,
+        device=device_of(setup.device, setup.degree, rank.number),
+        dtype=setup.dtype,
+        max_model_len=setup.max_model_len,
+        trust_remote_code=setup.trust_remote_code,
+        degree=setup.degree,
+        rope_factors=setup.rope_factors,
+    )
+    if rank.number:
+        share.take(base.model)
+        give_back_freed()
+    return base, share
+
+
+def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
+    """The type of the adapters' weights."""
+    if setup.lora_dtype == "auto":
+        return product_dtype(base.dtype, base.device)
+    dtype: torch.dtype = getattr(torch, setup.lora_dtype)
+    return dtype
+
+
+def build_runner(
+    setup: Setup, base: BaseModel, share: Share, tuner: Tuner | None, costs: Costs | None
+) -> ModelRunner:
+    """The runner of a rank that has met the others, which all build at once. Raises ModelError."""
+    limits = EngineLimits(
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_loras=setup.max_loras,
+        max_lora_rank=setup.max_lora_rank,
+        lora_dtype=lora_dtype_of(setup, base),
+        rope=base.rope,
+        lora_extra_vocab_size=0,  # tokens of an adapter's own would need modules of its own
+    )
+    return ModelRunner(
+        base,
+        limits,
+        cache_shape=None if setup.cache_shape is None else CacheShape(*setup.cache_shape),
+        memory_share=setup.memory_share,
+        costs=costs,
+        tuner=tuner,
+        kernels=setup.kernels,
+        share=share,
+    )
