@@ -1,6 +1,7 @@
 """workflow.json as DJL writes it, and what is wrong with others."""
 
 import json
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -21,8 +22,17 @@ DJL = {
 
 
 def read(**changes: Any) -> Any:
+    return read_workflow(encoded(**changes))
+
+
+def encoded(**changes: Any) -> bytes:
     said = {name: value for name, value in {**DJL, **changes}.items() if value is not ...}
-    return read_workflow(json.dumps(said).encode())
+    depth = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        return json.dumps(said).encode()
+    finally:
+        sys.setrecursionlimit(depth)
 
 
 def calls(workflow: object) -> list[tuple[str, str, str | None]]:
@@ -115,6 +125,18 @@ def test_a_workflow_asks_the_model_so_often_and_no_more():
     assert len(calls(chain(MAX_CALLS))) == MAX_CALLS
     with pytest.raises(InvalidWorkflow, match="asks the model 33 times; it may do so 32 times"):
         calls(chain(MAX_CALLS + 1))
+
+
+@pytest.mark.parametrize("depth", [600, 5000])
+def test_a_workflow_is_no_deeper_than_can_be_read(depth):
+    value: Any = "in"
+    for _ in range(depth):
+        value = ["m", value]
+    with pytest.raises(InvalidWorkflow):
+        read_workflow(encoded(workflow={"out": value}))
+    chained = {f"v{n}": ["m", f"v{n + 1}"] for n in range(depth)} | {f"v{depth}": ["m", "in"]}
+    with pytest.raises(InvalidWorkflow):
+        read_workflow(encoded(workflow={"out": ["m", "v0"], **chained}))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * (MAX_BYTES + 1)])

@@ -39,4 +39,8 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
         if result.failure is not None:
             break
         said[call.value] = result.text or ""
-    return msgspec.structs.replace(result, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    # What is told of the row's input, and the shape of the answer, follow from what was sent.
+    told = msgspec.structs.replace(result.row, text=row.text, tokens=row.tokens, messages=row.messages)
+    return msgspec.structs.replace(
+        result, row=told, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
+    )

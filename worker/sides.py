@@ -26,7 +26,7 @@ from worker.custom.rows import HandlerRows
 from worker.engine.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
-from worker.errors import LoramillError, SettingsError
+from worker.errors import InvalidRegistration, LoramillError, SettingsError
 from worker.flow import FlowControl
 from worker.http.adapters_api import Registry
 from worker.http.generation import CallLimits, Generation
@@ -157,10 +157,15 @@ async def handler_side(
 ) -> Side:
     """A custom handler in the engine's place."""
     settings = place.settings
+    if settings.workflows:
+        raise SettingsError(["workflows: a custom handler answers, and has none; leave it unset"])
+    place.chains.refusal = "A custom handler answers, and has no workflows"
     if mirror is not None:
         place.owned.add(_mirroring(mirror, SyncMetrics(place.registry), asyncio.Event()))
 
     async def fetch(uri: str, folder: Path) -> str:
+        if not place.objects.is_open:
+            raise InvalidRegistration(f"src is {uri!r}; this worker was started without anything in S3")
         await place.objects.download_tree(uri.rstrip("/") + "/", folder)
         return (folder / MARKER).read_text(encoding="ascii").strip()
 
@@ -241,7 +246,7 @@ def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Ge
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
     names = sorted(names_of(str(settings.model)), key=len)  # the last part of it first
-    return Generation(rows.answer, limits, names, workflows.knows)
+    return Generation(rows.answer, limits, names, workflows.serves)
 
 
 def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:

@@ -89,7 +89,11 @@ def read_workflow(content: bytes) -> Workflow:
     found = _object(configs.get("adapters") or {}, "configs.adapters")
     adapters = {key: _adapter(name, key, one, models) for key, one in found.items()}
     values = _object(body.get("workflow"), "workflow")
-    return Workflow(name, version, models, adapters, tuple(_Order(values, models, adapters).calls()))
+    try:
+        calls = tuple(_Order(values, models, adapters).calls())
+    except RecursionError as error:
+        raise InvalidWorkflow("workflow is nested too deeply") from error
+    return Workflow(name, version, models, adapters, calls)
 
 
 def from_template(template: str, given: Mapping[str, str]) -> bytes:

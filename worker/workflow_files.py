@@ -1,6 +1,9 @@
 """Where workflow.json files are: on this machine or in S3, by themselves or in a folder."""
 
 import asyncio
+import errno
+import os
+import stat
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -40,8 +43,15 @@ async def fetch_workflow(url: str, store: Store) -> Workflow:
 def _read(name: str) -> tuple[str, bytes]:
     path = Path(name).expanduser()
     path = (path / FILE if path.is_dir() else path).absolute()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
         return str(path.parent), file.read(MAX_BYTES + 1)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would be waited for, for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _placed(workflow: Workflow, folder: str) -> Workflow:

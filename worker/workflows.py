@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -39,8 +39,24 @@ class Adapters(Protocol):
         pin: bool = False,
         options: dict[str, str] | None = None,
     ) -> None: ...
+    async def update(
+        self,
+        name: str,
+        *,
+        src: str | None = None,
+        preload: bool | None = None,
+        pin: bool | None = None,
+        options: dict[str, str] | None = None,
+    ) -> None: ...
     async def delete(self, name: str) -> None: ...
+    async def names(self) -> list[str]: ...
     async def source_of(self, name: str) -> str | None: ...
+
+
+class _Failed(NamedTuple):
+    reason: str
+    workflow: Workflow | None
+    """None if even that cannot be read."""
 
 
 class Workflows:
@@ -58,15 +74,15 @@ class Workflows:
         self._reserved = frozenset(reserved)
         self._folder = folder
         self._workflows: dict[str, Workflow] = {}
-        self._failed: dict[str, str] = {}
-        """Why workflows that were there before cannot be served now."""
+        self._failed: dict[str, _Failed] = {}
+        """Those that were there before and cannot be served now."""
         self._changing = asyncio.Lock()
 
     def find(self, name: str) -> Workflow:
         """Raises ModelNotFound."""
         found = self._workflows.get(name)
         if found is None and name in self._failed:
-            raise ModelNotFound(f"The workflow {name} cannot be served: {self._failed[name]}")
+            raise ModelNotFound(f"The workflow {name} cannot be served: {self._failed[name].reason}")
         if found is None:
             raise ModelNotFound(f"The model {name} was not found")
         return found
@@ -78,13 +94,24 @@ class Workflows:
     def describe(self, name: str) -> Workflow:
         """Raises UnknownWorkflow."""
         found = self._workflows.get(name)
+        if found is None and name in self._failed:
+            raise UnknownWorkflow(f"The workflow {name} cannot be served: {self._failed[name].reason}")
         if found is None:
             raise UnknownWorkflow(f"The workflow {name} was not found")
         return found
 
+    def serves(self, name: str) -> bool:
+        """Whether a workflow of this name answers."""
+        return name in self._workflows
+
     @property
     def names(self) -> list[str]:
         return sorted(self._workflows)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why workflows that were there before cannot be served now."""
+        return {name: one.reason for name, one in sorted(self._failed.items())}
 
     async def start(self) -> None:
         """Register again what was there before. What fails is logged, and told to whoever calls it."""
@@ -94,7 +121,7 @@ class Workflows:
                     raise InvalidWorkflow(f"{path} cannot be read")
                 await self._register(workflow)
             except LoramillError as error:
-                self._failed[path.stem] = str(error)
+                self._failed[path.stem] = _Failed(str(error), workflow)
                 logger.error(  # noqa: TRY400 (what it was is in the message)
                     "a workflow could not be registered again",
                     extra={"workflow": path.stem, "reason": str(error)},
@@ -109,7 +136,9 @@ class Workflows:
         async with self._changing:
             if workflow.name in self._workflows or workflow.name in self._reserved:
                 raise AdapterTaken(f"The workflow {workflow.name} is registered already")
-            fresh = await self._register_adapters(workflow)
+            if self._adapters is not None and workflow.name in await self._adapters.names():
+                raise AdapterTaken(f"An adapter is called {workflow.name}; OpenAI's model may name either")
+            fresh = await self._register_adapters(workflow, owned=workflow.name in self._failed)
             try:
                 await asyncio.to_thread(_write, self._folder, workflow)
             except OSError as error:
@@ -126,18 +155,24 @@ class Workflows:
         await self.register(workflow)
 
     async def delete(self, name: str) -> None:
-        """Raises RegistrationError. Rows that began with one of its adapters end with that."""
+        """Raises RegistrationError. Rows that began with one of its adapters end with that.
+
+        One that cannot be served may be deleted too.
+        """
         async with self._changing:
-            workflow = self.describe(name)
-            del self._workflows[name]
+            failed = self._failed.get(name)
+            workflow = self.describe(name) if failed is None else failed.workflow
+            if workflow is not None:
+                await self._forget([workflow.adapter_name(key) for key in workflow.adapters])
+            self._workflows.pop(name, None)
+            self._failed.pop(name, None)
             if self._folder is not None:
                 (self._folder / f"{name}.json").unlink(missing_ok=True)
-            await self._forget([workflow.adapter_name(key) for key in workflow.adapters])
         logger.info("workflow unregistered", extra={"workflow": name})
 
     async def _register(self, workflow: Workflow) -> None:
         async with self._changing:
-            await self._register_adapters(workflow)
+            await self._register_adapters(workflow, owned=True)
             self._take(workflow)
 
     def _take(self, workflow: Workflow) -> None:
@@ -145,8 +180,12 @@ class Workflows:
         self._workflows[workflow.name] = workflow
         logger.info("workflow registered", extra={"workflow": workflow.name, "calls": len(workflow.calls)})
 
-    async def _register_adapters(self, workflow: Workflow) -> list[str]:
-        """Returns those that were not there before."""
+    async def _register_adapters(self, workflow: Workflow, *, owned: bool) -> list[str]:
+        """Returns those that were not there before.
+
+        With `owned`, those that are there by the workflow's names are its own, of before a restart; else they
+        are somebody else's.
+        """
         self._check_models(workflow)
         if workflow.adapters and self._adapters is None:
             raise InvalidWorkflow("LoRA is not enabled.")
@@ -155,10 +194,15 @@ class Workflows:
             for key, source in workflow.adapters.items():
                 assert self._adapters is not None
                 name = workflow.adapter_name(key)
-                if await self._adapters.source_of(name) == source.src:
-                    continue  # registered before a restart
-                await self._adapters.register(name, source.src, options=source.options)
-                fresh.append(name)
+                if owned and await self._adapters.source_of(name) == source.src:
+                    continue
+                try:
+                    await self._adapters.register(name, source.src, options=source.options)
+                    fresh.append(name)
+                except AdapterTaken:
+                    if not owned:
+                        raise
+                    await self._adapters.update(name, src=source.src, options=source.options)
         except BaseException:
             await asyncio.shield(self._forget(fresh))
             raise

@@ -156,3 +156,19 @@ def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
             return (await ask(handler, b"x", adapter="a")).body, (await adapters.describe("a")).options
 
     assert asyncio.run(play()) == (b"a1x", {"echooption": "1"})
+
+
+def test_what_a_new_process_did_not_take_is_in_trouble_until_it_does(tmp_path: Path) -> None:
+    put(tmp_path, "one")
+
+    async def play():
+        async with adapters_of(tmp_path) as (handler, adapters):
+            for ended, notes in ((False, None), (True, "it went wrong")):
+                handler.on_lost("one", "it went wrong", ended)
+                assert adapters.trouble("one") == "it went wrong"
+                assert (await adapters.describe("one")).note is not None
+                await adapters.refresh()
+                assert adapters.trouble("one") == notes
+            assert adapters.trouble("nobody") is None
+
+    asyncio.run(play())

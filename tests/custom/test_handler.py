@@ -300,12 +300,17 @@ def test_an_adapter_that_ends_every_new_process_is_not_told_again() -> None:
 
     async def play():
         async with handler_of(UNRULY, sleep=no_sleep) as handler:
+            handler.on_lost = lambda *told: lost.append(told)
             handler.remember("poison", Call("register_adapter", {"name": "poison"}, (("kill", b"1"),)))
             with pytest.raises(HandlerDied):
                 await ask(handler, how="leave")
             return (await ask(handler, how="after")).body
 
+    lost: list[tuple[object, ...]] = []
     assert run(play()) == b"AFTER"
+    ((name, reason, ended),) = lost
+    assert (name, ended) == ("poison", True)
+    assert reason
 
 
 def test_a_handler_that_does_not_start_again_ends_the_worker(tmp_path) -> None:

@@ -131,7 +131,7 @@ async def calling(
             workflow=chains.workflows.find,
         )
         limits, names = CallLimits(max_rows, timeout_seconds), [MODEL, "org/tiny"]
-        generation = Generation(rows.answer, limits, names, chains.workflows.knows)
+        generation = Generation(rows.answer, limits, names, chains.workflows.serves)
         calls.models[MODEL] = generation
         if registered is not None:
             calls.adapters = registered.names

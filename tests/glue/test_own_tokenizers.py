@@ -113,3 +113,28 @@ def test_folders_with_the_same_files_share_one_tokenizer(core, folder, base, tmp
     assert keys[0] is keys[1]
     assert keys[0] is not keys[2]
     assert core.tokenizers.read(folder / "plain") is None
+
+
+def test_a_template_in_a_file_of_any_name_makes_another_tokenizer(core, base, tmp_path):
+    found = []
+    for name in ("one", "other"):
+        tiny.make_adapter(tmp_path / name, base, target_modules=["q_proj"])
+        tiny.write_tokenizer(tmp_path / name, NAMES)
+        (tmp_path / name / "additional_chat_templates").mkdir()
+        (tmp_path / name / "additional_chat_templates" / "more.jinja").write_text(f"I am {name}")
+        found.append(core.tokenizers.read(tmp_path / name))
+    assert found[0] is not found[1]
+
+
+def test_trouble_of_the_disk_says_nothing_about_a_tokenizer(core, base, tmp_path, monkeypatch):
+    tiny.make_adapter(tmp_path / "one", base, target_modules=["q_proj"])
+    tiny.write_tokenizer(tmp_path / "one", NAMES[:-2])
+
+    def broken(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", broken)
+        with pytest.raises(OSError, match="Too many open files"):
+            core.tokenizers.read(tmp_path / "one")
+    assert core.tokenizers.read(tmp_path / "one") is not None

@@ -1,6 +1,7 @@
 """Workflows over HTTP and from jobs, over a real engine."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -156,6 +157,28 @@ def test_a_row_of_a_workflow_that_names_an_adapter_is_refused(play, tmp_path):
         said = await worker.invoke({"inputs": "a", "adapters": "polite.robot"}, "/predictions/polite")
         assert said.status == 400
         assert "the workflow polite has adapters of its own" in said.body["message"]
+
+    play(scenario)
+
+
+def test_a_chat_is_answered_as_a_chat_however_many_calls_it_takes(play, tmp_path):
+    async def scenario(worker: Worker):
+        await worker("POST", "/workflows", url=written(tmp_path))
+        messages = [{"role": "user", "content": "hello there"}]
+        asked = {"model": "polite", "messages": messages, "max_tokens": 6, "temperature": 0}
+        said = (await worker.invoke(asked, "/v1/chat/completions")).body
+        assert said["object"] == "chat.completion"
+        assert said["choices"][0]["message"]["role"] == "assistant"
+
+    play(scenario)
+
+
+def test_a_pipe_is_no_workflow_and_keeps_nobody_waiting(play, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    async def scenario(worker: Worker):
+        said = await worker("POST", "/workflows", url=str(tmp_path / "pipe"))
+        assert (said.status, "it is no file" in said.body["message"]) == (400, True)
 
     play(scenario)
 

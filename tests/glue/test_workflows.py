@@ -235,3 +235,61 @@ def test_a_caller_who_goes_leaves_nothing_half_done(play):
             pytest.fail(f"it cannot be registered now: {error}")
 
     play(scenario)
+
+
+def test_an_adapter_that_was_changed_under_its_workflow_is_what_the_workflow_says_after_a_restart(play):
+    async def scenario(place):
+        first, second = place.scene.source("a"), place.scene.source("b", fill=2)
+        await place.workflows.register(workflow(a=first))
+        version = place.scene.version("w.a")
+        await place.scene.registry.update("w.a", src=second)
+        assert place.scene.version("w.a") != version
+        again = await place.restarted()
+        assert again.workflows.names == ["w"]
+        assert again.scene.version("w.a") == version
+
+    play(scenario)
+
+
+def test_what_failed_at_a_restart_can_be_deleted_or_replaced(play, tmp_path):
+    async def scenario(place):
+        source = place.scene.source("a")
+        for name in ("w", "v"):
+            await place.workflows.register(workflow(name, a=source))
+        place.scene.registry.close()
+        moved = Place(tmp_path)
+        moved.workflows = Workflows(moved.scene.registry, ["s3://moved/"], [], tmp_path / "workflows")
+        await moved.scene.registry.start()
+        await moved.workflows.start()
+        assert sorted(moved.workflows.failed) == ["v", "w"]
+        with pytest.raises(UnknownWorkflow, match="cannot be served"):
+            moved.workflows.describe("w")
+        assert not moved.workflows.serves("w")
+        await moved.workflows.delete("w")
+        assert await moved.scene.names() == ["v.a"]
+        await moved.workflows.replace(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))
+        assert (moved.workflows.names, moved.workflows.failed) == (["v"], {})
+
+    play(scenario)
+
+
+def test_two_workflows_whose_adapters_would_have_one_name_are_not_both_registered(play):
+    async def scenario(place):
+        source = place.scene.source("a")
+        await place.workflows.register(workflow("a", **{"b.c": source}))
+        with pytest.raises(AdapterTaken):
+            await place.workflows.register(workflow("a.b", c=source))
+        assert await place.scene.names() == ["a.b.c"]
+
+    play(scenario)
+
+
+def test_a_workflow_has_no_adapter_s_name(play):
+    async def scenario(place):
+        await place.scene.registry.register("theirs", place.scene.source("theirs"))
+        place.scene.mirrored("mirrored", fill=2)
+        for name in ("theirs", "mirrored"):
+            with pytest.raises(AdapterTaken, match=f"An adapter is called {name}"):
+                await place.workflows.register(workflow(name))
+
+    play(scenario)

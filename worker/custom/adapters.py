@@ -69,6 +69,9 @@ class HandlerAdapters:
         self._copies = place.parent / "handler-adapters"
         self._fetch = fetch
         self._known: dict[str, _Known] = {}
+        self._refused: set[str] = set()
+        """Those that a new process of the handler refused, and may take yet."""
+        handler.on_lost = self._lose
         self._turns = Turns()
         self._writing = asyncio.Lock()
 
@@ -190,11 +193,17 @@ class HandlerAdapters:
         for name, (path, version) in found.items():
             async with self._turns.of(name):
                 known = self._known.get(name)
-                if known is None or (known.in_folder and known.said.version != version):
+                changed = known is None or known.said.version != version or name in self._refused
+                if known is None or (known.in_folder and changed):
                     said = Registration(name=name, version=version, preload=True)
                     if known is not None:
                         said = msgspec.structs.replace(known.said, version=version)
                     await self._tell_of(said, path, in_folder=True)
+        for name in self._refused & self._known.keys() - found.keys():
+            async with self._turns.of(name):
+                known = self._known.get(name)
+                if known is not None and not known.in_folder:
+                    await self._tell_of(known.said, known.path, in_folder=False)
         gone = [name for name, known in self._known.items() if known.in_folder and name not in found]
         for name in gone:
             async with self._turns.of(name):
@@ -224,8 +233,22 @@ class HandlerAdapters:
         except RegistrationError as error:
             trouble = str(error)
             logger.warning("the handler refused an adapter", extra={"adapter": said.name, "reason": trouble})
+        self._refused.discard(said.name)
         known = self._known[said.name] = _Known(said, path, in_folder, trouble)
         self._remember(known)
+
+    def trouble(self, name: str) -> str | None:
+        """Why an adapter cannot be used; None if it can, or nobody knows it."""
+        known = self._known.get(name)
+        return None if known is None else known.trouble
+
+    def _lose(self, name: str, reason: str, ended: bool) -> None:
+        """A process that was started anew did not take an adapter. One that ended it is not tried again."""
+        known = self._known.get(name)
+        if known is not None:
+            self._known[name] = known._replace(trouble=reason)
+            if not ended:
+                self._refused.add(name)
 
     async def _drop(self, name: str) -> None:
         try:
@@ -286,7 +309,10 @@ class HandlerAdapters:
                 await asyncio.to_thread(write_book, self._book, said)
             except OSError as error:
                 raise StorageFull(f"{self._book} cannot be written: {error}") from error
-            self._known = all_known
+            if known is None:
+                self._known.pop(name, None)
+            else:
+                self._known[name] = known
         if known is None:
             self._handler.forget(name)
         else:

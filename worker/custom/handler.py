@@ -71,6 +71,8 @@ class CustomHandler:
         self.missing: tuple[str, ...] = ()
         """Functions that the handler does not have."""
         self.num_restarts = 0
+        self.on_lost: Callable[[str, str, bool], None] = lambda *_: None
+        """Told of each adapter that a new process did not take: its name, why, and whether it ended that."""
 
     @property
     def function(self) -> str:
@@ -280,9 +282,12 @@ class CustomHandler:
                     answer = await self._ask_alone(call)
             except HandlerDied as error:
                 self.forget(name)  # or it would do so every time
+                self.on_lost(name, str(error), True)
                 logger.warning("an adapter ended the handler", extra={"adapter": name, "reason": str(error)})
                 raise
             if answer.is_failure:
+                self.forget(name)
+                self.on_lost(name, answer.reason, False)
                 extra = {"adapter": name, "reason": answer.reason}
                 logger.warning("an adapter was not registered again", extra=extra)
 

@@ -13,10 +13,12 @@ from worker.custom.answers import Answer
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
 from worker.errors import (
+    AdapterInvalid,
     AdapterNotFound,
     HandlerDied,
     HandlerRefusedRow,
     InvalidLine,
+    ModelNotFound,
     OutOfMemory,
     RowError,
 )
@@ -72,6 +74,12 @@ class HandlerRows(RowRunner):
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
 
     async def _answer(self, row: Row) -> tuple[Answer, bytes]:
+        if row.workflow is not None:
+            raise ModelNotFound(f"The model {row.workflow} was not found: a custom handler has no workflows")
+        if row.adapter is not None and self._known is not None:
+            trouble = self._known.trouble(row.adapter)
+            if trouble is not None:
+                raise AdapterInvalid(f"Adapter {row.adapter} is invalid: {trouble}")
         if row.adapter is not None and self._known is None:
             raise AdapterNotFound(f"Adapter {row.adapter} cannot be used: LoRA is not enabled")
         try:

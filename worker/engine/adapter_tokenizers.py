@@ -8,13 +8,15 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from worker.engine.adapter_config import CONFIG_FILE
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
 _NEEDED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A folder with any of these has a tokenizer."""
-_OTHERS = ("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json")
+_WEIGHTS = frozenset({".bin", ".gguf", ".md", ".pt", ".pth", ".safetensors"})
+"""Ends of files that say nothing about it. All else may: a tokenizer's code reads files of many names."""
 _REMEMBERED = 64
 """Versions of adapters whose tokenizer stays in memory after its last use."""
 _CHUNK_BYTES = 1 << 20
@@ -56,13 +58,14 @@ class AdapterTokenizers:
 
         No code of the folder is run. Raises AdapterInvalid if it cannot be read, and OSError.
         """
-        files = [folder / name for name in (*_NEEDED, *_OTHERS) if (folder / name).exists()]
-        if not any(file.name in _NEEDED for file in files):
+        if not any((folder / name).exists() for name in _NEEDED):
             return None
-        for file in files:
-            if file.is_symlink() or not file.is_file():
-                raise AdapterInvalid(f"{file.name} is a link or a folder, a file is needed", "file")
-        digest = _digest(files)
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix not in _WEIGHTS]
+        for path in files:
+            if path.is_symlink() or (path.name in _NEEDED and not path.is_file()):
+                raise AdapterInvalid(f"{path.name} is a link or a folder, a file is needed", "file")
+        files = [path for path in files if path.is_file() and path.name != CONFIG_FILE]
+        digest = _digest(folder, files)
         with self._lock:
             tokenizer = self._read.get(digest)
             if tokenizer is None:
@@ -77,16 +80,18 @@ def _load(folder: Path) -> Tokenizer:
     except MemoryError:
         raise
     except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
+        if isinstance(exc, OSError) and exc.errno is not None:  # the disk's; transformers' own have none
+            raise
         reason = " ".join(str(exc).split())[:500]
         raise AdapterInvalid(f"its tokenizer cannot be read: {type(exc).__name__}: {reason}", "file") from exc
 
 
-def _digest(files: list[Path]) -> bytes:
+def _digest(folder: Path, files: list[Path]) -> bytes:
     digest = hashlib.sha256()
     for path in files:
         content = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 content.update(chunk)
-        digest.update(path.name.encode() + b"\0" + content.digest())
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content.digest())
     return digest.digest()

@@ -7,7 +7,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from worker.http.answers import Refused
 
-_BROKEN = (web.RequestPayloadError, web.PayloadAccessError, web.HTTPException, HttpProcessingError, OSError)
+BROKEN = (web.RequestPayloadError, web.PayloadAccessError, web.HTTPException, HttpProcessingError, OSError)
 
 
 async def read_body(request: web.Request, max_bytes: int, seconds: float) -> bytes:
@@ -25,7 +25,7 @@ async def read_body(request: web.Request, max_bytes: int, seconds: float) -> byt
                     raise _too_large(max_bytes)
     except TimeoutError as error:
         raise Refused(408, f"The body did not come within {seconds:g} s") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise Refused(400, "The body cannot be read") from error
     return bytes(body)
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import suppress
 from urllib.parse import parse_qsl
 
 from aiohttp import BodyPartReader, web
@@ -17,6 +18,7 @@ from worker.custom.answers import Answer, failure
 from worker.custom.handler import CustomHandler
 from worker.errors import HandlerBusy, HandlerDied
 from worker.http.answers import Refused
+from worker.http.bodies import BROKEN
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ async def _in_time(reading: Awaitable[list[tuple[str, bytes]]]) -> list[tuple[st
             return await reading
     except TimeoutError as error:
         raise Refused(408, f"The body did not come within {BODY_SECONDS:g} s") from error
-    except (web.HTTPException, ValueError) as error:
+    except (*BROKEN, ValueError) as error:
         raise Refused(400, "The body cannot be read as what its content type says") from error
 
 
@@ -158,10 +160,13 @@ async def _streamed(request: web.Request, found: Answer) -> web.StreamResponse:
     try:
         async for piece in found.pieces:
             await response.write(piece)
+    except ConnectionError:
+        return response  # the client has gone
     except HandlerDied as error:
         logger.warning("a stream broke off: %s", error)
         if request.transport is not None:
             request.transport.abort()
         return response
-    await response.write_eof()
+    with suppress(ConnectionError):
+        await response.write_eof()
     return response

@@ -42,6 +42,8 @@ class WorkflowsApi:
         self._fetch = fetch
         self._not_ready = not_ready
         self.workflows: Workflows | None = None
+        self.refusal: str | None = None
+        """Why there are none, and never will be."""
 
     def is_ours(self, request: web.Request) -> bool:
         return segments_of(request)[0] == PREFIX
@@ -69,6 +71,8 @@ class WorkflowsApi:
         if request.method not in allowed:
             headers = {"Allow": ", ".join(allowed)}
             raise Refused(405, f"The method {request.method} is not allowed here", headers=headers)
+        if self.refusal is not None:
+            raise Refused(400, self.refusal)
         reason = self._not_ready()
         if reason is not None or self.workflows is None:
             raise Refused(503, f"The worker is not ready: {reason or 'loading the model'}")
@@ -79,6 +83,9 @@ class WorkflowsApi:
             list_or_register = _list if request.method == "GET" else self._register
             return await list_or_register(self.workflows, parameters)
         parameters.end()
+        if request.method == "DELETE" and names[0] in self.workflows.failed and len(names) == 1:
+            await self.workflows.delete(names[0])
+            return {"status": f'Model or workflow "{names[0]}" unregistered'}
         found = self.workflows.describe(names[0])
         if len(names) > 1 and names[1] != found.version:
             raise Refused(404, f"The workflow {names[0]} was not found in version {names[1]}")
@@ -105,7 +112,9 @@ async def _list(workflows: Workflows, parameters: Parameters) -> Any:
     parameters.end()
     names = workflows.names
     page = [workflows.describe(name) for name in names[begin : begin + limit]]
-    told = {"workflows": [{"workflowName": one.name, "version": one.version} for one in page]}
+    told: dict[str, Any] = {"workflows": [{"workflowName": one.name, "version": one.version} for one in page]}
+    if workflows.failed and begin == 0:
+        told["failed"] = workflows.failed
     return told | ({"nextPageToken": str(begin + limit)} if begin + limit < len(names) else {})
 
 
