@@ -59,7 +59,7 @@ def children():
 def test_processes_say_what_peft_says_and_a_dead_one_ends_the_engine(kind):
     model, rows = kind("qwen2"), prompts(3)
     threads = torch.get_num_threads()
-    harness = ProcessHarness(model.base)
+    harness = ProcessHarness(model.base, rope_factors=(2.0,))  # which the others are told of, too
     try:
         (follower,) = children()
         done = harness.run(mixed([None, *map(harness.adapter, model.adapters)], rows))
