@@ -103,7 +103,7 @@ def test_second_signal_ends_at_once_and_the_job_is_visible(mill, versions):
 
 def test_worker_that_loses_a_rank_gives_its_job_back_and_the_next_completes_it(mill, versions):
     queue = mill.queue()
-    send_long_job(queue, "shared", rows=24)
+    send_long_job(queue, "shared", rows=10)
     told, patience = ["--sync", "--tensor-parallel-degree", "2"], 3 * PATIENCE_SECONDS
     with mill.worker(*told, "--max-num-seqs", "2", LORAMILL_QUEUE_URL=queue.url) as worker:
         wait_until(lambda: worker.metric("loramill_tokens_total") > 0, "a step", patience)

@@ -45,28 +45,29 @@ def start(
     at a time in a process. Raises ModelError.
     """
     device_of(setup.device, setup.degree, 0)
-    with tempfile.TemporaryDirectory(prefix="loramill-") as folder:
-        ranks = _Ranks(setup, Path(folder) / "ranks")
-        try:
-            return ranks.build(tuner, measure)
-        except BaseException as exc:
-            # A rank that failed leaves the others to fail in its absence: its own words say why.
-            asked = ranks.met and isinstance(exc, Exception)
-            told = first_failure(ranks.followers, _LAST_WORDS_SECONDS) if asked else None
-            ranks.close()
-            if told is not None:
-                raise ModelError(told) from exc
-            if isinstance(exc, EngineFailed):
-                raise ModelError(f"the base model cannot be shared: {exc}") from exc
-            raise
+    ranks = _Ranks(setup)
+    try:
+        return ranks.build(tuner, measure)
+    except BaseException as exc:
+        # A rank that failed leaves the others to fail in its absence: its own words say why.
+        asked = ranks.met and isinstance(exc, Exception)
+        told = first_failure(ranks.followers, _LAST_WORDS_SECONDS) if asked else None
+        ranks.close()
+        if told is not None:
+            raise ModelError(told) from exc
+        if isinstance(exc, EngineFailed):
+            raise ModelError(f"the base model cannot be shared: {exc}") from exc
+        raise
 
 
 class _Ranks(Processes):
     """The processes of ranks 1 and up, and what this one needs to work with them."""
 
-    def __init__(self, setup: orders.Setup, place: Path) -> None:
+    def __init__(self, setup: orders.Setup) -> None:
         self._setup = setup
-        self._place = place
+        self._folder = tempfile.TemporaryDirectory(prefix="loramill-", ignore_cleanup_errors=True)
+        self._place = Path(self._folder.name) / "ranks"
+        """Where they meet; torch may look there later, too."""
         self._threads = torch.get_num_threads()
         self._each = max(1, self._threads // setup.degree)
         self._group: Group | None = None
@@ -147,6 +148,7 @@ class _Ranks(Processes):
                 process.wait()
         if self._group is not None:
             self._group.close()
+        self._folder.cleanup()
         torch.set_num_threads(self._threads)
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
