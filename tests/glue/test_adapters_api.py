@@ -13,7 +13,7 @@ from tests.glue.registering import MODEL, Client, Scene, refused, run
 from tests.glue.support import until
 from tests.sync.builders import WEIGHTS, Bucket, weights
 from tests.test_docs import README, blocks
-from worker.http import adapters_api, server
+from worker.http import adapters_api, codes, server
 
 BOTH = ["", f"/models/{MODEL}"]
 ALIAS = {"X-Amzn-SageMaker-Adapter-Alias": "visible"}
@@ -713,7 +713,7 @@ def test_the_readme_names_every_route_and_every_error():
     assert sorted(routes) == sorted(documented)
     rows = re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
     told = {int(code) for row in rows for code in row.split(", ")}
-    assert told == {code for _, code in adapters_api._CODES} | {401, 403, 405, 408, 413}
+    assert told == {code for _, code in codes.CODES} | {401, 403, 405, 408, 413}
 
 
 def section(title: str) -> str:

@@ -14,7 +14,7 @@ from worker.errors import (
     UnknownWorkflow,
 )
 
-_CODES: tuple[tuple[type[LoramillError], int], ...] = (
+CODES: tuple[tuple[type[LoramillError], int], ...] = (
     (UnknownAdapter, 404),
     (UnknownWorkflow, 404),
     (AdapterTaken, 409),
@@ -30,4 +30,4 @@ _CODES: tuple[tuple[type[LoramillError], int], ...] = (
 
 def code_of(error: LoramillError) -> int | None:
     """The status of an answer that tells of `error`; None for one that nobody should be told."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    return next((code for kind, code in CODES if isinstance(error, kind)), None)
