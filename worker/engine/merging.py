@@ -12,8 +12,9 @@ from worker.jobs import AdapterKey
 logger = logging.getLogger(__name__)
 
 _STRETCH = 10.0
-"""Seconds of steps with one adapter after which a second of merging is worth it: the steps after it gain
-some tenths (`python -m tests.benchmarks.merged`), so it is paid back if the stretch goes on as long."""
+"""Seconds of steps with one adapter after which a second of merging is worth it: on a CPU the steps after it
+gain a few hundredths (`python -m tests.benchmarks.merged`), so it is paid back if the stretch goes on for some
+times as long."""
 _FIRST_GUESS_SECONDS = 1.0
 """What merging may take, until it was done once."""
 
