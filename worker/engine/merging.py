@@ -12,8 +12,8 @@ from worker.jobs import AdapterKey
 logger = logging.getLogger(__name__)
 
 _STRETCH = 10.0
-"""Seconds of steps with one adapter after which a second of merging is worth it: on a CPU the steps after it
-gain a few hundredths (`python -m tests.benchmarks.merged`), so it is paid back if the stretch goes on for some
+"""Seconds of steps with one adapter after which a second of merging is worth it: on a CPU steps then
+gain a few hundredths (`python -m tests.benchmarks.merged`): it is paid back if the stretch lasts some
 times as long."""
 _FIRST_GUESS_SECONDS = 1.0
 """What merging may take, until it was done once."""
