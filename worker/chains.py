@@ -9,8 +9,6 @@ from worker.jobs import Row, RowResult, Task
 from worker.wire.checks import failure_of
 from worker.workflow import IN, Workflow
 
-_ONE_CALL = 1
-
 
 def no_workflow(name: str) -> Workflow:
     """Where there are none. Raises ModelNotFound."""
@@ -23,7 +21,7 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
     `run` takes a row that is put through one adapter, or the base model. The result is told of the last
     call's adapter; the first call that fails is the row's failure.
     """
-    if row.task is Task.SCORE and len(workflow.calls) > _ONE_CALL:
+    if row.task is Task.SCORE and len(workflow.calls) > 1:
         refused = InvalidLine(f"the workflow {workflow.name} has several calls; a score is of one")
         return RowResult(row=row, failure=failure_of(refused))
     said: dict[str, str] = {}

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,35 +22,10 @@ from worker.errors import (
     UnknownWorkflow,
 )
 from worker.registrations import replace_file
+from worker.registry import AdapterRegistry
 from worker.workflow import Workflow
 
 logger = logging.getLogger(__name__)
-
-
-class Adapters(Protocol):
-    """What a workflow's adapters are registered with; see AdapterRegistry."""
-
-    async def register(
-        self,
-        name: str,
-        src: str,
-        *,
-        preload: bool = True,
-        pin: bool = False,
-        options: dict[str, str] | None = None,
-    ) -> None: ...
-    async def update(
-        self,
-        name: str,
-        *,
-        src: str | None = None,
-        preload: bool | None = None,
-        pin: bool | None = None,
-        options: dict[str, str] | None = None,
-    ) -> None: ...
-    async def delete(self, name: str) -> None: ...
-    async def names(self) -> list[str]: ...
-    async def source_of(self, name: str) -> str | None: ...
 
 
 class _Failed(NamedTuple):
@@ -63,7 +38,11 @@ class Workflows:
     """Use it from one event loop. A workflow is registered whole, with all its adapters, or not at all."""
 
     def __init__(
-        self, adapters: Adapters | None, urls: Collection[str], reserved: Collection[str], folder: Path | None
+        self,
+        adapters: AdapterRegistry | None,
+        urls: Collection[str],
+        reserved: Collection[str],
+        folder: Path | None,
     ) -> None:
         """`urls` are the places of the worker's model, `reserved` names that no workflow may have.
 
