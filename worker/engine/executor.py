@@ -155,7 +155,8 @@ class Executor(abc.ABC):
     ) -> Iterator[None]:
         """Give attention, LoRA and changes their plans, and take them back whatever happens."""
         self._attention.plan, self.lora.step, self.changes.step = plan, lora, changes
-        self._use_merged(merged)
+        if merged:
+            self._use_merged(True)
         try:
             yield
         except BaseException:
@@ -164,7 +165,8 @@ class Executor(abc.ABC):
             raise
         finally:
             self._attention.plan = self.lora.step = self.changes.step = None
-            self._use_merged(False)
+            if merged:
+                self._use_merged(False)
 
     def _use_merged(self, merged: bool) -> None:
         for projection in self._projections:

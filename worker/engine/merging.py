@@ -40,6 +40,11 @@ class Merging:
         self._cost_seconds = _FIRST_GUESS_SECONDS
         self._began = False
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is merged, nor will be."""
+        return self._mode is LoRAMode.UNMERGED
+
     def see(self, only: AdapterKey | None, seconds: float) -> None:
         """Count a step that took so long; `only` is the adapter that all of its rows have, or None."""
         if only != self._only or only is None:
@@ -48,7 +53,7 @@ class Merging:
 
     def wants(self, only: AdapterKey | None) -> bool:
         """Whether `only`, the adapter of all rows of the next step, should be merged before it."""
-        if only is None or only == self.merged or self._mode is LoRAMode.UNMERGED:
+        if only is None or only == self.merged or self.is_off:
             return False
         if self._mode is LoRAMode.MERGED and not self._began:
             return True

@@ -222,6 +222,8 @@ class ModelRunner:
         Returns whether they run merged now. Without memory for it they go on unmerged, and so do adapters
         that do more than add.
         """
+        if self._merging.is_off:
+            return False
         found = {(row.sequence.slot, row.sequence.request.adapter) for row in rows}
         if not found:
             return False
