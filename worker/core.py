@@ -49,7 +49,7 @@ def build_core(settings: Settings, weights: str) -> Core:
     device = resolve_device(settings.device)
     build = _build_alone if settings.tensor_parallel_degree == 1 else _build_with_others
     base, runner = build(settings, weights, device)
-    tokenizers = AdapterTokenizers()
+    tokenizers = AdapterTokenizers(base.tokenizer)
     store = LoRAStore(
         AdapterLoader(
             runner.targets,

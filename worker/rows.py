@@ -111,8 +111,9 @@ class RowRunner:
         self._clock = clock
         self._numbers = itertools.count()
         self._holds: set[Hold] = set()
-        self._threads = ThreadPoolExecutor(2, "interactive")
-        """For interactive rows, which do not wait for what those of the queue do on theirs."""
+        self._encoders = ThreadPoolExecutor(4, "encoder")
+        """For rows of messages: adapters' tokenizers may be slow, and S3 and files need threads as well."""
+        self._urgent_encoders = ThreadPoolExecutor(2, "interactive")
 
     @property
     def in_flight(self) -> int:
@@ -270,7 +271,7 @@ class RowRunner:
         return await run_chain(workflow, row, lambda step: self._run(hold, step))
 
     async def _on_thread(self, hold: Hold, work: Callable[..., T], *arguments: object) -> T:
-        threads = self._threads if hold.interactive else None
+        threads = self._urgent_encoders if hold.interactive else self._encoders
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
     async def _submit(self, request: InferenceRequest, adapter: AdapterFolder | None) -> Completion:

@@ -100,7 +100,7 @@ class Harness:
                 least_tokens=self.base.tokenizer.num_tokens,
                 base_dtype=self.base.dtype,
                 base_rows=self.runner.base_rows,
-                tokenizers=AdapterTokenizers().read,
+                tokenizers=AdapterTokenizers(self.base.tokenizer).read,
                 is_shared=self.runner.is_shared,
             ),
             max_cpu_loras=64,

@@ -1,12 +1,18 @@
 """Rows of an adapter that brings a tokenizer are read and written with it, from job to result line."""
 
 import asyncio
+import gc
 import json
+import threading
 import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests import parity, tiny
 from tests.glue.support import make_job, make_runner, run_rows
@@ -15,6 +21,10 @@ from worker import wire
 from worker.adapters import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core
+from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.tokenizer import Tokenizer
+from worker.errors import AdapterInvalid
+from worker.jobs import AdapterKey
 
 ROWS = 272
 NAMES = [f"<new{number}>" for number in range(parity.NEW_TOKENS)]
@@ -138,3 +148,85 @@ def test_trouble_of_the_disk_says_nothing_about_a_tokenizer(core, base, tmp_path
         with pytest.raises(OSError, match="Too many open files"):
             core.tokenizers.read(tmp_path / "one")
     assert core.tokenizers.read(tmp_path / "one") is not None
+
+
+def write_with(folder: Path, base: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """An adapter whose tokenizer.json had something changed."""
+    tiny.make_adapter(folder, base, target_modules=["q_proj"])
+    tiny.write_tokenizer(folder, NAMES, template=TEMPLATE)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_regular_expression_that_the_base_has_not_is_refused_at_load(core, base, tmp_path):
+    def change(content: dict[str, Any]) -> None:
+        split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+
+    write_with(tmp_path / "slow", base, change)
+    rows = [{"input": "a" * 40, "adapter": "slow"}, {"input": "a", "adapter": "slow"}, {"input": "a"}]
+    lines = lines_of(core, tmp_path, rows, parameters={"max_new_tokens": 1})
+    for line in lines[:2]:
+        assert line["error"]["code"] == "adapter_invalid"
+        assert "a regular expression that the base model's has not: (a+)+$" in line["error"]["message"]
+    assert lines[2]["error"] is None
+    with pytest.raises(AdapterInvalid, match="regular expression"):
+        core.tokenizers.read(tmp_path / "slow")
+
+
+def test_regular_expressions_of_the_base_are_allowed(base, tmp_path):
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "b+"}, "content": "b"}
+
+    folder = write_with(tmp_path / "like", base, change)
+    own = Tokenizer(AutoTokenizer.from_pretrained(folder))
+    assert own.patterns == {"b+"}
+    assert AdapterTokenizers(own).read(folder) is not None
+    with pytest.raises(AdapterInvalid, match=r"b\+"):
+        AdapterTokenizers(Tokenizer(tiny.tokenizer())).read(folder)
+
+
+def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(core, base, tmp_path):
+    tiny.make_adapter(tmp_path / "large", base, target_modules=["q_proj"])
+    with (tmp_path / "large" / "tokenizer.json").open("wb") as file:
+        file.truncate(2**28)
+    with pytest.raises(AdapterInvalid, match=r"tokenizer\.json has 268435456 bytes, 134217728 are allowed"):
+        core.tokenizers.read(tmp_path / "large")
+
+
+def test_the_tokenizers_that_were_used_last_stay_in_memory(base, tmp_path):
+    for name in ("a", "b", "c"):
+        tiny.make_adapter(tmp_path / name, base, target_modules=["q_proj"])
+        tiny.write_tokenizer(tmp_path / name, NAMES, template=name)
+    size = sum(path.stat().st_size for path in (tmp_path / "a").glob("tokenizer*.json"))
+    tokenizers = AdapterTokenizers(Tokenizer(tiny.tokenizer()), kept_bytes=2 * size)
+    seen = {name: weakref.ref(tokenizers.of(AdapterKey(name, "1"), tmp_path / name)) for name in ("a", "b")}
+    tokenizers.of(AdapterKey("a", "1"), tmp_path / "a")
+    tokenizers.of(AdapterKey("c", "1"), tmp_path / "c")
+    gc.collect()
+    assert [name for name, tokenizer in seen.items() if tokenizer() is not None] == ["a"]
+    assert tokenizers.of(AdapterKey("b", "1"), tmp_path / "b") is not None
+
+
+def test_many_threads_load_a_kind_once_and_others_do_not_wait(base, tmp_path, monkeypatch):
+    for name in ("slow", "quick"):
+        tiny.make_adapter(tmp_path / name, base, target_modules=["q_proj"])
+        tiny.write_tokenizer(tmp_path / name, NAMES, template=name)
+    tokenizers, go, loads = AdapterTokenizers(Tokenizer(tiny.tokenizer())), threading.Event(), []
+    load = AutoTokenizer.from_pretrained
+
+    def loading(folder: Path, **options: Any) -> Any:
+        loads.append(folder.name)
+        assert folder.name == "quick" or go.wait(60)
+        return load(folder, **options)
+
+    monkeypatch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", loading)
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(tokenizers.read, tmp_path / "slow") for _ in range(2)]
+        assert pool.submit(tokenizers.read, tmp_path / "quick").result(60) is not None
+        go.set()
+        assert slow[0].result(60) is slow[1].result(60)
+    assert sorted(loads) == ["quick", "slow"]

@@ -1,11 +1,13 @@
 """Text <-> token ids, through the base model's own tokenizer."""
 
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from worker.engine.chat_templates import ChatTemplates, TemplateTooSlow
 from worker.errors import InvalidLine
 from worker.jobs import ChatMessage
 
@@ -18,10 +20,17 @@ before it (a leading space, half a character)."""
 class Tokenizer:
     """May be used from any thread."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str = "the base model") -> None:
-        """`whose` it is, for messages."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        whose: str = "the base model",
+        templates: ChatTemplates | None = None,
+    ) -> None:
+        """`whose` it is, for messages. `templates` renders the chat template of one that is not trusted."""
         self._tokenizer = tokenizer
         self._whose = whose
+        self._templates = templates
+        self._too_slow: TemplateTooSlow | None = None
         self._lock = threading.Lock()  # fast tokenizers raise "Already borrowed" on concurrent encoding
         self._special = frozenset(
             token for token, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -57,6 +66,19 @@ class Tokenizer:
             f"The row has no context, and {self._whose} has no BOS or EOS token to stand for it"
         )
 
+    @property
+    def chat_templates(self) -> object:
+        """The chat template, or several by name; None without one."""
+        return self._tokenizer.chat_template
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """The regular expressions in its tokenizer.json, or what transformers made of that."""
+        rust = getattr(self._tokenizer, "backend_tokenizer", None)
+        parts = (rust.normalizer, rust.pre_tokenizer, rust.decoder) if rust is not None else ()
+        states = (json.loads(part.__getstate__()) for part in parts if part is not None)
+        return frozenset(pattern for state in states for pattern in _patterns(state))
+
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt that the model's chat template makes of `messages`, ready for an answer.
 
@@ -66,12 +88,23 @@ class Tokenizer:
             raise InvalidLine(f"The row has messages, and {self._whose} has no chat template")
         conversation: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
+            return self._render(conversation)
         except Exception as exc:
             raise InvalidLine(f"The chat template of {self._whose} refuses the messages: {exc}") from exc
-        return str(text)
+
+    def _render(self, conversation: list[dict[str, Any]]) -> str:
+        if self._templates is None:
+            return str(
+                self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            )
+        if self._too_slow is not None:  # once is enough
+            raise self._too_slow
+        template, special_tokens = self._tokenizer.get_chat_template(), self._tokenizer.special_tokens_map
+        try:
+            return self._templates.render(template, conversation, special_tokens)
+        except TemplateTooSlow as exc:
+            self._too_slow = exc
+            raise
 
     def encode_chat(self, rendered: str) -> tuple[int, ...]:
         """Token ids of a rendered chat; the template has put the special tokens there."""
@@ -114,6 +147,17 @@ class Tokenizer:
     def _spell(self, tokens: list[int]) -> str:
         """Text of `tokens` with the special ones."""
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _patterns(state: object) -> Iterator[str]:
+    """Those in a part of a tokenizer.json."""
+    if isinstance(state, dict):
+        if isinstance(pattern := state.get("Regex"), str):
+            yield pattern
+        state = list(state.values())
+    if isinstance(state, list):
+        for part in state:
+            yield from _patterns(part)
 
 
 class TextStream:
