@@ -13,8 +13,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from worker import client
 from worker.cli import _open_many_files, app
+from worker.sender import client
 from worker.transport.memory import MemoryStore
 
 QUEUE = "http://127.0.0.1:1/queue"

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidWorkflow
-from worker.workflow import MAX_BYTES, MAX_CALLS, Call, ModelSource, from_template, read_workflow
+from worker.workflows.definition import MAX_BYTES, MAX_CALLS, Call, ModelSource, from_template, read_workflow
 
 DJL = {
     "name": "adapter1",

@@ -8,12 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
+from worker.delivery.intake import Intake
 from worker.errors import InvalidWorkflow
 from worker.http.adapters_api import AdaptersApi
 from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import Fetch, WorkflowsApi
-from worker.intake import Intake
 from worker.messages import open_messages
 from worker.metrics import Metrics
 from worker.model_source import remote_properties
@@ -22,8 +22,8 @@ from worker.sides import Place, custom_handler, engine_side, handler_side, open_
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
-from worker.workflow import Workflow
-from worker.workflow_files import fetch_workflow
+from worker.workflows.definition import Workflow
+from worker.workflows.files import fetch_workflow
 
 logger = logging.getLogger(__name__)
 

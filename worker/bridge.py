@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from adapters_sync.layout import AdapterFolder
-from worker.adapter_room import AdapterRoom
+from worker.adapters.room import AdapterRoom
 from worker.engine.adapter_loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore

@@ -19,10 +19,10 @@ from adapters_sync import logs
 from adapters_sync.errors import SyncError
 from adapters_sync.settings import describe
 from worker.errors import InvalidMessage, LoramillError, SettingsError
-from worker.files import LocalFile, find_files, from_stdin, read_file
 from worker.jobs import Output
 from worker.model_source import local_properties
 from worker.options import with_settings
+from worker.sender.files import LocalFile, find_files, from_stdin, read_file
 from worker.settings import KNOWN_NAMES, Settings, read_settings
 from worker.wire.native import is_job_id
 
@@ -147,7 +147,7 @@ def enqueue(
                 raise SettingsError(
                     [f"{flag}: say where the results go; give --output or LORAMILL_OUTPUT_PREFIXES"]
                 )
-        from worker.client import Order, Written, send_local, send_stored  # noqa: PLC0415 (the AWS SDK)
+        from worker.sender.client import Order, Written, send_local, send_stored  # noqa: PLC0415 (the AWS SDK)
 
         place = None if output is None else Output(output, output_format)
         order = Order(
@@ -222,7 +222,7 @@ def status(
     The exit code is 1 when the job failed, any of its rows did, or nothing is known of it.
     """
     with _readable_errors(debug):
-        from worker.show_progress import follow  # noqa: PLC0415 (the AWS SDK)
+        from worker.sender.show_progress import follow  # noqa: PLC0415 (the AWS SDK)
 
         seen = asyncio.run(follow(_place(flags, output), _job_id(job_id), watch=watch, as_json=as_json))
         if seen.error is not None or seen.rows_failed or seen.state == "unseen":
@@ -243,7 +243,7 @@ def cancel(
     The exit code is 1 when the job has ended already.
     """
     with _readable_errors(debug):
-        from worker.follow import cancel_job  # noqa: PLC0415 (the AWS SDK)
+        from worker.sender.follow import cancel_job  # noqa: PLC0415 (the AWS SDK)
 
         if not asyncio.run(cancel_job(_place(flags, output), _job_id(job_id))):
             raise LoramillError(f"job {job_id} has ended already")
@@ -262,7 +262,7 @@ def redrive(
     """Send what is in the queue's dead-letter queue back to the queue, to be tried again."""
     with _readable_errors(debug):
         settings = read_settings(environ=dict(os.environ), flags=flags, required=("queue_url",))
-        from worker.client import redrive_all  # noqa: PLC0415 (the AWS SDK)
+        from worker.sender.client import redrive_all  # noqa: PLC0415 (the AWS SDK)
 
         with Console(stderr=True).status("moving messages") as status:
             moved, left, source = asyncio.run(
@@ -388,8 +388,8 @@ def run_batch(
         settings = read_settings(environ=environ, flags=flags, properties=properties)
         _let_threads_sleep()
         _open_many_files()
-        from worker.run_batch import Batch  # noqa: PLC0415 (the AWS SDK, though nothing is asked of it)
-        from worker.run_batch import run_batch as run  # noqa: PLC0415
+        from worker.local.run_batch import Batch  # noqa: PLC0415 (the AWS SDK, though nothing is asked of it)
+        from worker.local.run_batch import run_batch as run  # noqa: PLC0415
 
         batch = Batch(
             source=source,
@@ -459,7 +459,7 @@ def _job_id(text: str) -> str:
 
 def _results(output: str, job_id: str, wait: float, to: Path | None, digest: str | None = None) -> None:
     """Print or save the results of a job. Raises LoramillError when a row failed, too."""
-    from worker.follow import fetch_results  # noqa: PLC0415 (the AWS SDK)
+    from worker.sender.follow import fetch_results  # noqa: PLC0415 (the AWS SDK)
 
     sys.stdout.flush()  # what was printed before goes before
     target = to or sys.stdout.buffer

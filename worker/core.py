@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
+from worker.delivery.flow import FlowControl
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
@@ -19,7 +20,6 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
-from worker.flow import FlowControl
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)

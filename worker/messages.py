@@ -7,13 +7,13 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from worker.commit import Committer, Provenance
-from worker.intake import POLL_SECONDS, Intake
+from worker.delivery.commit import Committer, Provenance
+from worker.delivery.intake import POLL_SECONDS, Intake
+from worker.delivery.rows import RowRunner
+from worker.delivery.runner import JobLimits, Runner
+from worker.delivery.splitter import Splitter
 from worker.metrics import Metrics
-from worker.rows import RowRunner
-from worker.runner import JobLimits, Runner
 from worker.settings import Settings
-from worker.splitter import Splitter
 from worker.transport.clients import Clients
 from worker.transport.lease import LeaseKeeper
 from worker.transport.queue import QueueInfo, SqsQueue

@@ -16,34 +16,34 @@ from adapters_sync.layout import MirrorPaths, write_base_model
 from adapters_sync.metrics import SyncMetrics
 from adapters_sync.options import MirrorOptions
 from adapters_sync.reconcile import Mirror, open_mirror
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
+from worker.adapters.registry import AdapterRegistry
+from worker.adapters.shelf import VersionShelf
 from worker.bridge import Bridge
 from worker.core import Core, build_core, flow_of
 from worker.custom.adapters import HandlerAdapters
 from worker.custom.handler import CustomHandler
 from worker.custom.opening import find_entry_point, make_handler
 from worker.custom.rows import HandlerRows
+from worker.delivery.flow import FlowControl
+from worker.delivery.rows import RowRunner
+from worker.delivery.runner import names_of
 from worker.engine.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
 from worker.errors import InvalidRegistration, LoramillError, SettingsError
-from worker.flow import FlowControl
 from worker.http.adapters_api import Registry
 from worker.http.generation import CallLimits, Generation
 from worker.http.handler_api import HandlerApi
 from worker.http.inference_api import InferenceApi
 from worker.http.workflows_api import WorkflowsApi
 from worker.model_source import fetch_model_folder, fetch_weights, local_properties
-from worker.registry import AdapterRegistry
-from worker.rows import RowRunner
-from worker.runner import names_of
 from worker.settings import Settings
-from worker.shelf import VersionShelf
 from worker.stats import Exporter
 from worker.transport.store import S3Store
 from worker.transport.tree import MARKER
-from worker.workflow_files import fetch_workflow
-from worker.workflows import Workflows
+from worker.workflows.files import fetch_workflow
+from worker.workflows.registry import Workflows
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from tests.benchmarks.busy import environ_of
 from tests.e2e.conftest import Process, wait_until
 from tests.sync import servers
 from worker import wire
-from worker.follow import cancel, find_manifest, stream_results
 from worker.jobs import Output
-from worker.progress import Observer
+from worker.sender.follow import cancel, find_manifest, stream_results
+from worker.sender.progress import Observer
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
 

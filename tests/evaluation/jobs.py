@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from worker import wire
-from worker.client import Order, send_job, write_job
 from worker.errors import LoramillError
-from worker.follow import fetch_results
 from worker.jobs import Output
+from worker.sender.client import Order, send_job, write_job
+from worker.sender.follow import fetch_results
 from worker.wire.enqueue import MAX_BODY_BYTES
 
 MAX_ROWS = 10_000

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.glue.support import VISIBILITY, World, make_runner
 from tests.glue.test_runner import LettersTokenizer
-from worker.adapters import AdapterDirectory
-from worker.commit import Committer
+from worker.adapters.directory import AdapterDirectory
+from worker.delivery.commit import Committer
+from worker.delivery.runner import Runner
 from worker.jobs import Completion, FinishReason, InferenceRequest
-from worker.runner import Runner
 from worker.transport.lease import LeaseKeeper
 from worker.wire.manifest import Status
 

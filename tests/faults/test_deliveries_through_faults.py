@@ -15,11 +15,11 @@ from tests.faults.plans import Chance
 from tests.faults.proxy import Proxy
 from tests.glue.support import PROVENANCE, EchoRows
 from tests.sync import servers
-from worker.commit import Committer
-from worker.intake import Intake
+from worker.delivery.commit import Committer
+from worker.delivery.intake import Intake
+from worker.delivery.runner import JobLimits, Runner
+from worker.delivery.splitter import Splitter
 from worker.metrics import Metrics
-from worker.runner import JobLimits, Runner
-from worker.splitter import Splitter
 from worker.transport.clients import Clients
 from worker.transport.lease import LeaseKeeper
 from worker.transport.queue import SqsQueue

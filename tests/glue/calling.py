@@ -14,7 +14,9 @@ from prometheus_client.exposition import generate_latest
 from adapters_sync.inventory import Limits
 from tests.glue.registering import Answer, Client
 from tests.glue.support import make_job, make_runner, run_rows
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
+from worker.adapters.registry import AdapterRegistry
+from worker.adapters.shelf import VersionShelf
 from worker.bridge import Bridge
 from worker.core import Core, build_core
 from worker.http.adapters_api import AdaptersApi
@@ -23,13 +25,11 @@ from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
 from worker.metrics import Metrics
-from worker.registry import AdapterRegistry
 from worker.settings import read_settings
-from worker.shelf import VersionShelf
 from worker.stats import Exporter
 from worker.transport.memory import MemoryStore
-from worker.workflow_files import fetch_workflow
-from worker.workflows import Workflows
+from worker.workflows.files import fetch_workflow
+from worker.workflows.registry import Workflows
 
 MODEL = "tiny"
 MODEL_URL = "s3://bucket/llama/"
@@ -145,8 +145,8 @@ async def calling(
         ) as port:
             worker = Worker(session, port)
             said.append(worker)
-            worker.core, worker.bridge, worker.metrics, worker.rows = core, bridge, metrics, rows
-            worker.calls, worker.generation, worker.registry = calls, generation, registry
+            worker.core, worker.bridge, worker.metrics, worker.delivery.rows = core, bridge, metrics, rows
+            worker.calls, worker.generation, worker.adapters.registry = calls, generation, registry
             yield worker
 
 

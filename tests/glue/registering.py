@@ -15,12 +15,12 @@ from adapters_sync.inventory import Limits
 from adapters_sync.layout import AdapterFolder
 from adapters_sync.options import Clock
 from tests.sync.builders import FakeTime, adapter_files, write_folder
+from worker.adapters.registry import AdapterRegistry
+from worker.adapters.shelf import VersionShelf
 from worker.errors import AdapterInvalid, AdapterStoreFull, RowFailed
 from worker.http.adapters_api import AdaptersApi
 from worker.http.server import Apis, serving
 from worker.jobs import AdapterKey
-from worker.registry import AdapterRegistry
-from worker.shelf import VersionShelf
 
 MODEL = "llama"
 

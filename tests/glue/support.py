@@ -10,15 +10,15 @@ from prometheus_client import CollectorRegistry
 
 from tests.glue.malformed import MAX_ROWS
 from worker import wire
-from worker.adapters import AdapterDirectory
-from worker.commit import Committer, Provenance
-from worker.flow import FlowControl
-from worker.inputs import rows_of
+from worker.adapters.directory import AdapterDirectory
+from worker.delivery.commit import Committer, Provenance
+from worker.delivery.flow import FlowControl
+from worker.delivery.inputs import rows_of
+from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.runner import JobLimits, Runner, names_of
+from worker.delivery.splitter import Splitter
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
 from worker.metrics import Metrics
-from worker.rows import Hold, RowRunner
-from worker.runner import JobLimits, Runner, names_of
-from worker.splitter import Splitter
 from worker.transport.lease import Lease, LeaseKeeper
 from worker.transport.memory import ManualClock, MemoryQueue, MemoryStore
 from worker.transport.objects import StoredObject

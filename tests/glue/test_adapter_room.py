@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker.adapter_room import AdapterRoom
+from worker.adapters.room import AdapterRoom
 from worker.engine.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_store import LoRAStore
 from worker.errors import EngineFailed

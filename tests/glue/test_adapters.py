@@ -13,7 +13,7 @@ from adapters_sync.publish import collect, flip
 from tests.glue.support import World, make_job, run_rows, until
 from tests.glue.test_runner import AnsweringBridge, row_runner
 from tests.sync.builders import adapter_files, write_folder
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.errors import AdapterInvalid, AdapterNotFound
 from worker.transport.memory import ManualClock
 

@@ -12,7 +12,7 @@ import pytest
 
 from adapters_sync.layout import AdapterFolder, resolve
 from tests.glue.support import make_job, make_runner, run_rows, until
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core, build_core
 from worker.engine.engine import StepStats

@@ -8,8 +8,8 @@ from tests.glue.support import PREFIX, VISIBILITY, World, until
 from tests.glue.test_runner import AnsweringBridge, row_runner
 from worker import wire
 from worker.errors import StoreUnavailable
-from worker.follow import cancel
 from worker.jobs import Completion, InferenceRequest, Output
+from worker.sender.follow import cancel
 from worker.wire.manifest import Status
 
 OUTPUT = Output(PREFIX)

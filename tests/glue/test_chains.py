@@ -7,13 +7,13 @@ import pytest
 from msgspec.structs import replace
 
 from tests.glue.support import echo
-from worker.chains import no_workflow, run_chain
 from worker.errors import InvalidMessage, ModelNotFound, RowFailed
 from worker.jobs import ChatMessage, Delivery, Part, Row, RowResult, SamplingParams, Source, Task
 from worker.wire import decode
 from worker.wire.checks import failure_of
 from worker.wire.source import encode_part
-from worker.workflow import Workflow, read_workflow
+from worker.workflows.chain import no_workflow, run_chain
+from worker.workflows.definition import Workflow, read_workflow
 
 
 def workflow(steps: dict[str, object]) -> Workflow:

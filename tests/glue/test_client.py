@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from tests.glue.support import PREFIX, World
-from worker import client, files, wire
-from worker.client import Order, Written, send_local, send_stored
+from worker import wire
 from worker.errors import InvalidMessage
-from worker.files import find_files, read_file
 from worker.jobs import Output
+from worker.sender import client, files
+from worker.sender.client import Order, Written, send_local, send_stored
+from worker.sender.files import find_files, read_file
 from worker.wire.manifest import Status
 
 ORDER = Order(output=Output(PREFIX))

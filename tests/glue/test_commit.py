@@ -9,9 +9,9 @@ import pytest
 
 from tests.glue.support import DEAD, PREFIX, World, echo, make_job, manifest_uri
 from worker import wire
+from worker.delivery.spool import Spool
 from worker.errors import JobIdReused, ObjectExists
 from worker.jobs import Delivery, Failure, Job, Output, RowResult
-from worker.spool import Spool
 from worker.wire.manifest import CommittedPart, Status
 
 RESULTS = f"{PREFIX}j/results-00000-of-00001.jsonl"

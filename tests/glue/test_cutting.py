@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker import cutting
-from worker.cutting import cut, span_of
+from worker.delivery import cutting
+from worker.delivery.cutting import cut, span_of
 from worker.jobs import Source
 from worker.transport.lines import read_lines
 from worker.transport.memory import MemoryStore

@@ -12,8 +12,8 @@ import pytest
 
 from worker import wire
 from worker.errors import LoramillError, StoreUnavailable
-from worker.follow import _write, cancel, save_results, stream_results, wait_for_manifest
 from worker.jobs import Failure, Output
+from worker.sender.follow import _write, cancel, save_results, stream_results, wait_for_manifest
 from worker.transport.memory import MemoryStore
 from worker.wire.manifest import Manifest, OutputFile, Status
 

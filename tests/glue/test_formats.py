@@ -9,9 +9,9 @@ import pytest
 from tests.glue.support import PREFIX, Died, World, body_of, make_job, make_runner, nothing, run_rows
 from tests.wire.test_lines import LINES
 from worker import wire
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
+from worker.delivery.runner import names_of
 from worker.jobs import Completion, FinishReason, InferenceRequest, SamplingParams, Score
-from worker.runner import names_of
 
 FORMATS = ("native", "openai", "bedrock")
 CHAT = {

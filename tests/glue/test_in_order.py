@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from worker.flow import FlowControl
-from worker.in_order import InOrder
+from worker.delivery.flow import FlowControl
+from worker.delivery.in_order import InOrder
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from tests.glue.support import VISIBILITY, World, body_of, until
 from tests.glue.test_runner import HangingBridge, row_runner
-from worker import intake as intake_module
+from worker.delivery import intake as intake_module
+from worker.delivery.intake import Intake
 from worker.errors import EngineFailed, QueueRefused, QueueUnavailable
-from worker.intake import Intake
 from worker.jobs import Delivery
 from worker.metrics import Metrics
 from worker.transport.lease import Lease, LeaseKeeper

@@ -14,8 +14,8 @@ from tests.glue.support import DEAD, PREFIX, Died, World, make_job, nothing
 from tests.glue.test_runner import at
 from worker import wire
 from worker.errors import QueueUnavailable, StoreRefused, StoreUnavailable
-from worker.follow import cancel
 from worker.jobs import Output, Row
+from worker.sender.follow import cancel
 from worker.transport.lines import MAX_LINE_BYTES
 from worker.wire.manifest import Status
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker import local_input
+from worker.delivery.inputs import rows_of
 from worker.errors import InvalidInput, InvalidMessage
-from worker.inputs import rows_of
 from worker.jobs import Job, Output, Part, Source
-from worker.local_input import open_input
+from worker.local import input as local_input
+from worker.local.input import open_input
 from worker.transport.lines import Span, read_lines
 from worker.transport.memory import MemoryStore
 

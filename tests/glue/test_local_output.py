@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.glue.support import PROVENANCE, Died, make_job
-from worker import local_output, wire
+from worker import wire
 from worker.errors import InvalidMessage, LoramillError
 from worker.jobs import FinishReason, Row, RowResult
-from worker.local_output import manifest_path, open_output
+from worker.local import output as local_output
+from worker.local.output import manifest_path, open_output
 from worker.wire.manifest import summarize
 from worker.wire.output import LineWriter
 

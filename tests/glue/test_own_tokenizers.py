@@ -18,7 +18,7 @@ from tests import parity, tiny
 from tests.glue.support import make_job, make_runner, run_rows
 from tests.glue.test_bridge import make_core
 from worker import wire
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core
 from worker.engine.adapter_tokenizers import AdapterTokenizers

@@ -6,10 +6,10 @@ import pytest
 
 from tests.glue.support import PREFIX, World
 from tests.glue.test_large_inputs import body, put_rows
-from worker.follow import cancel
 from worker.jobs import Failure, Output
-from worker.progress import Observer, Progress, State
-from worker.show_progress import duration, lines
+from worker.sender.follow import cancel
+from worker.sender.progress import Observer, Progress, State
+from worker.sender.show_progress import duration, lines
 
 OUTPUT = Output(PREFIX)
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from worker.errors import QueueRefused, QueueUnavailable
-from worker.redrive import redrive
+from worker.sender.redrive import redrive
 from worker.transport.memory import ManualClock, MemoryQueue
 from worker.transport.queue import Outcome
 

@@ -13,7 +13,7 @@ from adapters_sync.layout import MirrorPaths, resolve
 from tests.glue.registering import Scene, run
 from tests.glue.support import until
 from tests.sync.builders import CONFIG, WEIGHTS, adapter_files, weights, write_folder
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.errors import (
     AdapterInvalid,
     AdapterStoreFull,
@@ -170,7 +170,7 @@ def test_an_update_that_fails_leaves_all_as_it_was(scene, how, monkeypatch):
         if how == "full":
             loader.places = 0
         if how == "book":
-            monkeypatch.setattr("worker.shelf.write_book", _disk_full)
+            monkeypatch.setattr("worker.adapters.shelf.write_book", _disk_full)
         with pytest.raises((InvalidRegistration, AdapterInvalid, AdapterStoreFull, StorageFull)):
             await registry.update("a", src=src, pin=False)
         assert registry.find("a") == before
@@ -193,7 +193,7 @@ def test_a_registration_that_fails_leaves_nothing(scene, how, monkeypatch):
             scene.loader.places = 0
         with monkeypatch.context() as patch:
             if how == "book":
-                patch.setattr("worker.shelf.write_book", _disk_full)
+                patch.setattr("worker.adapters.shelf.write_book", _disk_full)
             with pytest.raises((InvalidRegistration, AdapterInvalid, AdapterStoreFull, StorageFull)):
                 await scene.registry.register("a", src, pin=True)
         assert scene.registry.find("a") is None
@@ -361,7 +361,7 @@ def test_a_registration_keeps_its_name_when_an_upload_of_it_comes_and_a_warning_
         await registry.register("a", scene.source("a", fill=1))
         version = scene.version("a")
         path = scene.mirrored("a", fill=2)
-        with caplog.at_level(logging.WARNING, "worker.registry"):
+        with caplog.at_level(logging.WARNING, "worker.adapters.registry"):
             await registry.refresh()
             await registry.refresh()
         assert [record.message for record in caplog.records] == ["a registered adapter keeps its name"]
@@ -414,8 +414,8 @@ def test_a_folder_that_cannot_be_read_is_told_and_stops_nothing(scene, monkeypat
         def broken(*_):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("worker.folder_view.scan", broken)
-        monkeypatch.setattr("worker.folder_view.resolve", broken)
+        monkeypatch.setattr("worker.adapters.folder_view.scan", broken)
+        monkeypatch.setattr("worker.adapters.folder_view.resolve", broken)
         with pytest.raises(RegistryUnavailable, match="Permission denied"):
             await scene.names()
         await scene.registry.refresh()
@@ -651,7 +651,7 @@ def test_a_folder_over_the_limits_is_refused_before_it_is_copied(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_copied_is_not_taken(scene, monkeypatch):
-    from worker import sources
+    from worker.adapters import sources
 
     async def scenario():
         src = scene.source("a", fill=1)
@@ -747,7 +747,7 @@ def test_a_content_that_is_not_what_its_uploader_read_is_refused(bucket, scene):
 
 
 def test_a_prefix_that_takes_too_long_to_list_is_given_up(bucket, scene, monkeypatch):
-    monkeypatch.setattr("worker.sources._LIST_SECONDS", 0.0)
+    monkeypatch.setattr("worker.adapters.sources._LIST_SECONDS", 0.0)
 
     async def scenario():
         with pytest.raises(RegistryUnavailable, match="took more than"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.glue.support import World, make_job, make_runner, run_rows
 from worker import wire
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.jobs import Completion, Failure, FinishReason, InferenceRequest, SamplingParams
 
 

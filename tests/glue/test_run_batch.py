@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from tests.glue.support import echo
 from worker import cli as worker_cli
 from worker import core as worker_core
-from worker import local_input, local_rows
 from worker.cli import app
+from worker.delivery.inputs import rows_of
 from worker.errors import EngineFailed, LoramillError
-from worker.inputs import rows_of
-from worker.local_output import LocalOutput, manifest_path, open_output
+from worker.local import input as local_input
+from worker.local import rows as local_rows
+from worker.local.output import LocalOutput, manifest_path, open_output
 from worker.wire import decode_manifest
 
 TEXTS = [f"row {number}" for number in range(9)]

@@ -24,11 +24,11 @@ from tests.glue.support import (
     run_rows,
     until,
 )
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
+from worker.delivery.rows import RowRunner
+from worker.delivery.runner import backoff_seconds
 from worker.errors import EngineFailed, LeaseLost, QueueRefused, QueueUnavailable, StoreUnavailable
 from worker.jobs import Completion, FinishReason, InferenceRequest
-from worker.rows import RowRunner
-from worker.runner import backoff_seconds
 from worker.wire.manifest import Status
 
 STEPS = [

@@ -20,8 +20,8 @@ from worker.errors import (
     StorageFull,
     UnknownWorkflow,
 )
-from worker.workflow import Workflow, read_workflow
-from worker.workflows import Workflows
+from worker.workflows.definition import Workflow, read_workflow
+from worker.workflows.registry import Workflows
 
 MODEL = "s3://bucket/llama/"
 
@@ -210,7 +210,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(play, monkeypatch):
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("worker.workflows.replace_file", full)
+        monkeypatch.setattr("worker.workflows.registry.replace_file", full)
         with pytest.raises(StorageFull, match="The workflow w cannot be kept"):
             await place.workflows.register(workflow(a=place.scene.source("a")))
         assert await place.scene.names() == []

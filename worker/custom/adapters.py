@@ -16,7 +16,8 @@ from typing import NamedTuple
 import msgspec
 
 from adapters_sync.layout import is_adapter_name
-from worker.adapter_info import AdapterInfo
+from worker.adapters.info import AdapterInfo
+from worker.adapters.registrations import Registration, read_book, write_book
 from worker.custom.answers import Answer
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Call, Content
@@ -32,7 +33,6 @@ from worker.errors import (
     StorageFull,
     UnknownAdapter,
 )
-from worker.registrations import Registration, read_book, write_book
 from worker.turns import Turns
 
 logger = logging.getLogger(__name__)

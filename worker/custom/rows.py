@@ -1,4 +1,4 @@
-"""The rows of a job, each through a custom handler to its result: what `worker.rows` is for the engine."""
+"""The rows of a job, each through a custom handler to its result: as `delivery.rows` for the engine."""
 
 import itertools
 import json
@@ -12,6 +12,8 @@ from worker.custom.adapters import HandlerAdapters
 from worker.custom.answers import Answer
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
+from worker.delivery.flow import FlowControl
+from worker.delivery.rows import Hold, RowRunner
 from worker.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -22,9 +24,7 @@ from worker.errors import (
     OutOfMemory,
     RowError,
 )
-from worker.flow import FlowControl
 from worker.jobs import FinishReason, Row, RowResult, SamplingParams, Task
-from worker.rows import Hold, RowRunner
 from worker.wire.checks import failure_of
 
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"

@@ -20,13 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from worker import wire
-from worker.client import send_job
 from worker.demo.base_model import prepare_base_model
 from worker.demo.prompts import ADAPTERS, DEMO_PROMPTS, MAX_NEW_TOKENS
 from worker.demo.services import MODEL_URI, OUTPUT_URI, Services, read_metric, start
 from worker.errors import SettingsError
-from worker.follow import wait_for_manifest
 from worker.jobs import Output
+from worker.sender.client import send_job
+from worker.sender.follow import wait_for_manifest
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 from aiohttp import web
 
-from worker.adapter_info import AdapterInfo
+from worker.adapters.info import AdapterInfo
 from worker.errors import HandlerRefused, LoramillError
 from worker.http.answers import Refused, answer, refusal
 from worker.http.bodies import read_body

@@ -22,8 +22,8 @@ from worker.http.bodies import read_body
 from worker.http.codes import code_of
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
-from worker.workflow import Workflow, from_template, read_workflow
-from worker.workflows import Workflows
+from worker.workflows.definition import Workflow, from_template, read_workflow
+from worker.workflows.registry import Workflows
 
 logger = logging.getLogger(__name__)
 

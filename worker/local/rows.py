@@ -6,14 +6,14 @@ from contextlib import aclosing, asynccontextmanager
 
 import msgspec
 
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core, flow_of
-from worker.inputs import rows_of
+from worker.delivery.inputs import rows_of
+from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.runner import names_of
 from worker.jobs import Job, RowResult
-from worker.local_input import LocalInput
-from worker.rows import Hold, RowRunner
-from worker.runner import names_of
+from worker.local.input import LocalInput
 from worker.settings import Settings
 
 _TELL_SECONDS = 0.5

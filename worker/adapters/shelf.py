@@ -29,9 +29,9 @@ from adapters_sync.options import Clock
 from adapters_sync.report import FailureKind, Trouble
 from adapters_sync.tasks import in_thread
 from adapters_sync.workshop import Workshop
+from worker.adapters.registrations import Registration, read_book, write_book
+from worker.adapters.sources import check_complete, opened
 from worker.errors import InvalidRegistration, RegistryUnavailable, StorageFull
-from worker.registrations import Registration, read_book, write_book
-from worker.sources import check_complete, opened
 
 BOOK = "registrations.json"
 """Beside the folder of links."""

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 
 from worker import wire
-from worker.commit import Committer
-from worker.cutting import cut
-from worker.inputs import find
+from worker.delivery.commit import Committer
+from worker.delivery.cutting import cut
+from worker.delivery.inputs import find
 from worker.jobs import Delivery, Job
 from worker.transport.queue import MAX_BATCH, Outgoing, Queue
 from worker.transport.store import Store

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from worker.adapters.registrations import replace_file
+from worker.adapters.registry import AdapterRegistry
 from worker.errors import (
     AdapterTaken,
     InvalidWorkflow,
@@ -21,9 +23,7 @@ from worker.errors import (
     StorageFull,
     UnknownWorkflow,
 )
-from worker.registrations import replace_file
-from worker.registry import AdapterRegistry
-from worker.workflow import Workflow
+from worker.workflows.definition import Workflow
 
 logger = logging.getLogger(__name__)
 

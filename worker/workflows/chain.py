@@ -7,7 +7,7 @@ import msgspec
 from worker.errors import InvalidLine, ModelNotFound
 from worker.jobs import Row, RowResult, Task
 from worker.wire.checks import failure_of
-from worker.workflow import IN, Workflow
+from worker.workflows.definition import IN, Workflow
 
 
 def no_workflow(name: str) -> Workflow:

@@ -10,7 +10,7 @@ import msgspec
 
 from worker.errors import InvalidWorkflow, ObjectNotFound, RegistryUnavailable, StoreRefused, StoreUnavailable
 from worker.transport.store import Store
-from worker.workflow import MAX_BYTES, Workflow, read_workflow
+from worker.workflows.definition import MAX_BYTES, Workflow, read_workflow
 
 FILE = "workflow.json"
 _S3 = "s3://"

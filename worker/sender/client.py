@@ -10,9 +10,9 @@ import msgspec
 
 from worker import wire
 from worker.errors import InvalidMessage, LoramillError, ObjectExists, StoreRefused
-from worker.files import ENDS, LocalFile
 from worker.jobs import Delivery, Given, Output, Task
-from worker.redrive import redrive
+from worker.sender.files import ENDS, LocalFile
+from worker.sender.redrive import redrive
 from worker.transport.clients import Clients
 from worker.transport.queue import Queue, QueueInfo, SqsQueue
 from worker.transport.store import S3Store, Store, StoredObject

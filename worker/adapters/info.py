@@ -5,9 +5,9 @@ import asyncio
 import msgspec
 
 from adapters_sync.layout import AdapterFolder
-from worker.folder_view import Ranks
-from worker.registrations import Registration
-from worker.residents import Loader, key_of
+from worker.adapters.folder_view import Ranks
+from worker.adapters.registrations import Registration
+from worker.adapters.residents import Loader, key_of
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

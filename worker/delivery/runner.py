@@ -15,7 +15,11 @@ from typing import Any
 import msgspec
 
 from worker import wire
-from worker.commit import Committer
+from worker.delivery.commit import Committer
+from worker.delivery.inputs import rows_of
+from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.splitter import Splitter
+from worker.delivery.spool import Spool
 from worker.errors import (
     EngineFailed,
     InvalidInput,
@@ -28,12 +32,8 @@ from worker.errors import (
     ObjectTooLarge,
     QueueRefused,
 )
-from worker.inputs import rows_of
 from worker.jobs import Delivery, Failure, Job
 from worker.metrics import Metrics
-from worker.rows import Hold, RowRunner
-from worker.splitter import Splitter
-from worker.spool import Spool
 from worker.transport.lease import Lease, LeaseState
 from worker.transport.store import Store
 from worker.wire.checks import failure_of

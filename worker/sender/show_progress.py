@@ -13,7 +13,7 @@ from rich.table import Table
 
 from worker import wire
 from worker.jobs import Output
-from worker.progress import Observer, Progress, State
+from worker.sender.progress import Observer, Progress, State
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
 

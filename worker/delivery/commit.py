@@ -13,9 +13,9 @@ from contextlib import aclosing
 import msgspec
 
 from worker import wire
+from worker.delivery.spool import Spool
 from worker.errors import InvalidInput, JobIdReused, ObjectExists, ObjectNotFound
 from worker.jobs import Delivery, Failure, Job, Output
-from worker.spool import Spool
 from worker.transport.store import Store, StoredObject
 from worker.wire.manifest import CommittedPart, Manifest, OutputFile, failed, summarize
 from worker.wire.output import LineReader

@@ -3,8 +3,8 @@
 from typing import Protocol
 
 from adapters_sync.layout import AdapterFolder
+from worker.adapters.registrations import Registration
 from worker.jobs import AdapterKey
-from worker.registrations import Registration
 
 
 class Details(Protocol):

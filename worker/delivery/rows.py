@@ -15,14 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from adapters_sync.layout import AdapterFolder
-from worker.adapters import AdapterDirectory
+from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
-from worker.chains import no_workflow, run_chain
+from worker.delivery.flow import FlowControl
+from worker.delivery.in_order import InOrder
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import Cancelled, EngineFailed, Expired, RowError, RowFailed, TimedOut
-from worker.flow import FlowControl
-from worker.in_order import InOrder
 from worker.jobs import (
     AdapterKey,
     Completion,
@@ -36,7 +35,8 @@ from worker.jobs import (
     TokenDetail,
 )
 from worker.wire.checks import failure_of
-from worker.workflow import Workflow
+from worker.workflows.chain import no_workflow, run_chain
+from worker.workflows.definition import Workflow
 
 T = TypeVar("T")
 

@@ -16,7 +16,10 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from adapters_sync.layout import AdapterFolder, is_adapter_name
-from worker.adapter_info import AdapterInfo, Teller
+from worker.adapters.folder_view import FolderView, InFolder
+from worker.adapters.info import AdapterInfo, Teller
+from worker.adapters.registrations import Registration
+from worker.adapters.residents import Loader, Residents, key_of
 from worker.errors import (
     AdapterInvalid,
     AdapterTaken,
@@ -26,10 +29,7 @@ from worker.errors import (
     RowError,
     UnknownAdapter,
 )
-from worker.folder_view import FolderView, InFolder
 from worker.jobs import AdapterKey
-from worker.registrations import Registration
-from worker.residents import Loader, Residents, key_of
 from worker.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class Shelf(Protocol):
-    """The disk under what is registered: worker.shelf has the real one, and says what is raised."""
+    """The disk under what is registered: worker.adapters.shelf has the real one, and says what is raised."""
 
     async def take(self) -> None: ...
     def close(self) -> None: ...

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from worker.cutting import span_of
+from worker.delivery.cutting import span_of
 from worker.errors import InvalidInput, InvalidLine
 from worker.jobs import Job, Row, Source
 from worker.transport.lines import MAX_LINE_BYTES, Line, read_lines

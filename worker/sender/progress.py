@@ -9,8 +9,8 @@ import msgspec
 
 from worker import wire
 from worker.errors import ObjectNotFound
-from worker.follow import find_manifest
 from worker.jobs import Failure, Output
+from worker.sender.follow import find_manifest
 from worker.transport.store import Store
 from worker.wire.results import Tally, total
 

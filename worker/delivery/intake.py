@@ -5,9 +5,9 @@ import logging
 import time
 from collections.abc import Callable
 
+from worker.delivery.runner import Runner
 from worker.errors import EngineFailed, LeaseLost, QueueUnavailable
 from worker.metrics import Metrics
-from worker.runner import Runner
 from worker.transport.lease import Lease, LeaseKeeper
 from worker.transport.queue import Queue
 

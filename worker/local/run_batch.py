@@ -14,10 +14,10 @@ from worker import wire
 from worker.custom.opening import find_entry_point
 from worker.errors import InvalidMessage, JobError, LoramillError, SettingsError
 from worker.jobs import Delivery, Job, Output, Part, RowResult, Source
-from worker.local_input import LocalInput, open_input
-from worker.local_output import LocalOutput, Run, open_output
-from worker.local_progress import say, showing, showing_rows
-from worker.local_signals import Interrupted, Interruptible
+from worker.local.input import LocalInput, open_input
+from worker.local.output import LocalOutput, Run, open_output
+from worker.local.progress import say, showing, showing_rows
+from worker.local.signals import Interrupted, Interruptible
 from worker.model_source import local_weights
 from worker.settings import Settings
 from worker.wire.lines import read_line
@@ -195,7 +195,7 @@ def _run(
     *,
     core: "Core",
 ) -> None:
-    from worker.local_rows import run_rows  # noqa: PLC0415 (torch)
+    from worker.local.rows import run_rows  # noqa: PLC0415 (torch)
 
     writer, synced = LineWriter(job, base_model=str(settings.model)), time.monotonic()
     total = output.rows + job.num_rows

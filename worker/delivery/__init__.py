@@ -1,0 +1,1 @@
+"""A message from the queue to its committed results."""

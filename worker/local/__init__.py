@@ -1,0 +1,1 @@
+"""Rows of files on this machine, without queue and store."""

@@ -1,0 +1,1 @@
+"""Names for calls of the model and its adapters, one after the other."""
