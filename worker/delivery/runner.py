@@ -159,6 +159,7 @@ class Runner:
             now=self._clock(),
             base_models=names_of(self._committer.base_model),
             max_bytes=max_bytes,
+            keeps_raw=self._rows.keeps_raw,
         )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from worker.errors import InvalidMessage
 from worker.http.answers import Refused
 from worker.http.calls import Call, Reply
+from worker.http.formatting import BodyFormatting, Formatted
 from worker.jobs import Failure, Row, RowResult
 from worker.wire.calls import Asked, parse_body, read_call, write_answer
 from worker.wire.openai_calls import read_openai_call, shape_of, write_openai_answer
@@ -20,6 +21,7 @@ STATUSES = {
     "model_not_found": 404,
     "adapter_not_found": 424,
     "adapter_invalid": 424,
+    "handler_failed": 424,
     "internal": 424,
     "oom": 507,
     "timeout": 504,
@@ -47,12 +49,14 @@ class Generation:
         limits: CallLimits,
         base_models: Sequence[str],
         is_workflow: Callable[[str], bool] = lambda _: False,
+        formatting: BodyFormatting | None = None,
     ) -> None:
         """`base_models` are the names by which a request may call the base model, the first in answers.
 
         `is_workflow` tells what else OpenAI's `model` may name, beside adapters.
         """
         self._is_workflow = is_workflow
+        self._formatting = formatting
         self._answering = answering
         self._limits = limits
         self._base_models = base_models
@@ -63,7 +67,10 @@ class Generation:
         """Raises Refused and EngineFailed."""
         try:
             # Reading a large body takes a while, and others are to be answered.
-            asked = await asyncio.to_thread(self._read, call)
+            said = Formatted(await asyncio.to_thread(_body, call))
+            if self._formatting is not None:
+                said = await self._formatting.format(call, said.body)
+            asked = await asyncio.to_thread(self._read, call, said)
         except InvalidMessage as error:
             raise Refused(400, _sentence(error)) from error
         results = await self._run(call, asked)
@@ -73,8 +80,8 @@ class Generation:
         body = await asyncio.to_thread(self._write, call, asked, results)
         return Reply(body, outcomes=tuple(failure.code if failure else "completed" for failure in failures))
 
-    def _read(self, call: Call) -> Asked:
-        body, names = _body(call), self._base_models
+    def _read(self, call: Call, said: Formatted) -> Asked:
+        body, names = said.body, self._base_models
         shape = call.shape or shape_of(body)
         if shape is None:
             return read_call(
@@ -83,6 +90,7 @@ class Generation:
                 adapter=call.adapter,
                 base_models=names,
                 workflow=call.workflow,
+                keeps_raw=said.by_row,
             )
         workflow, model = call.workflow, body.get("model")
         if workflow is None and isinstance(model, str) and self._is_workflow(model):
