@@ -23,7 +23,10 @@ from worker.errors import AdapterInvalid, HandlerRefused, HandlerRefusedRow, Mod
 from worker.settings import read_settings
 
 DJL = MODELS / "formatters"
-MARKS = "from djl_python.input_parser import input_formatter\nfrom djl_python.output_formatter import output_formatter\n"
+MARKS = """
+from djl_python.input_parser import input_formatter
+from djl_python.output_formatter import output_formatter
+"""
 UNRULY = f"""{MARKS}
 import os, sys, time
 @input_formatter
@@ -171,7 +174,8 @@ def test_code_that_cannot_be_loaded_is_refused_and_not_tried_for_every_row(tmp_p
 
 
 def test_versions_are_apart_and_what_was_unloaded_is_loaded_again_from_its_folder(tmp_path: Path) -> None:
-    code = f"{MARKS}times = []\n@output_formatter\ndef f(r):\n    times.append(1)\n    return {{'v': %d, 'n': len(times)}}\n"
+    code = f"{MARKS}times = []\n@output_formatter\ndef f(r):\n    times.append(1)\n    return "
+    code += "{'v': %d, 'n': len(times)}\n"
 
     async def play() -> None:
         async with formatters_of(None) as formatters:
