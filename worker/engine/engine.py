@@ -127,6 +127,8 @@ class Engine:
         known = Vocabulary(self._runner.vocab_size + extra, self._runner.num_logits + extra)
         certain = request.adapter is None or not self._rope.factors
         limit = self.max_len(request.adapter) if certain else self.max_model_len
+        if request.fills:
+            request = _filled(request, limit)
         self._check(request, known, self._eos, limit)
 
     def _check(self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int) -> None:
