@@ -112,7 +112,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
     )
     if registered is not None:
         place.calls.adapters = registered.names
-    place.calls.models[settings.model_name] = _generation(settings, rows, workflows)
+    place.calls.generation = _generation(settings, rows, workflows)
 
     def export() -> None:
         place.exporter.store(core.store.stats())
@@ -246,7 +246,7 @@ def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Ge
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
     names = sorted(names_of(str(settings.model)), key=len)  # the last part of it first
-    return Generation(rows.answer, limits, names, workflows.serves)
+    return Generation(rows.answer, limits, names, workflows.knows)
 
 
 def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:
