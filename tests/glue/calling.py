@@ -145,8 +145,8 @@ async def calling(
         ) as port:
             worker = Worker(session, port)
             said.append(worker)
-            worker.core, worker.bridge, worker.metrics, worker.delivery.rows = core, bridge, metrics, rows
-            worker.calls, worker.generation, worker.adapters.registry = calls, generation, registry
+            worker.core, worker.bridge, worker.metrics, worker.rows = core, bridge, metrics, rows
+            worker.calls, worker.generation, worker.registry = calls, generation, registry
             yield worker
 
 
