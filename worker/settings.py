@@ -446,9 +446,15 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """The last part of MODEL, by which the adapter management API knows the model."""
+        """The last part of MODEL, by which the HTTP side knows the model."""
         path = self.model_dir.absolute().as_posix() if self.model_dir is not None else self.model or ""
         return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What requests may call the model: its name first, then MODEL's last part and all of it."""
+        said = str(self.model)
+        return tuple(dict.fromkeys([self.model_name, said.rstrip("/").rpartition("/")[2], said]))
 
     @property
     def registered_path(self) -> Path | None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from worker.errors import InvalidMessage
 from worker.http.answers import Refused
 from worker.jobs import Failure, Row, RowResult
-from worker.wire.calls import Asked, parse_body, read_call, write_answer
+from worker.wire.calls import Asked, read_call, write_answer
+from worker.wire.checks import parse_object
 from worker.wire.openai_calls import read_openai_call, shape_of, write_openai_answer
 from worker.wire.results import failure_in
 
@@ -128,7 +129,7 @@ class Generation:
 def _body(call: Call) -> dict[str, Any]:
     """The fields of a body. Raises Refused for a type that is not served, and InvalidMessage."""
     if call.content_type in {None, "application/json"}:
-        return parse_body(call.body)
+        return parse_object(call.body)
     if call.content_type == "text/plain":
         try:
             return {"inputs": call.body.decode()}
