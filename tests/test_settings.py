@@ -559,7 +559,20 @@ def test_the_model_has_the_last_part_of_its_address_as_name(model, name):
 def test_a_model_in_the_current_folder_has_that_folders_name(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path / "base")
-    assert read_settings(environ={}, flags={"model": "."}).model_name == "base"
+    settings = read_settings(environ={}, flags={"model": "."})
+    assert (settings.model_name, settings.model_names) == ("base", ("base", "."))
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("s3://bucket/llama/", ("llama", "s3://bucket/llama/")),
+        ("meta/llama", ("llama", "meta/llama")),
+        ("llama", ("llama",)),
+    ],
+)
+def test_a_model_is_called_by_its_name_or_as_the_setting_says(model, names):
+    assert read_settings(environ={}, flags={"model": model}).model_names == names
 
 
 def test_registered_adapters_of_each_adapters_folder_have_a_place_of_their_own_in_the_cache(tmp_path):

@@ -151,7 +151,8 @@ class Bridge:
         """Bring an adapter into host memory, and with `pin` keep it there until `unpin`.
 
         Raises AdapterInvalid, AdapterStoreFull when there is no room beside adapters in use or pinned,
-        RowFailed when the disk fails, and EngineFailed when the engine is gone.
+        OutOfMemory when the machine has none, RowFailed when the disk fails, and EngineFailed when the engine
+        is gone.
         """
         key = AdapterKey(adapter.name, adapter.version)
         if self._over is None or self._over.done():

@@ -288,7 +288,9 @@ def least_policy(settings: Settings) -> dict[str, object]:
         allow("Jobs", use + more, [queue_arn(settings.queue_url)])
     if settings.adapters_events_queue_url:
         allow("AdapterEvents", use, [queue_arn(settings.adapters_events_queue_url)])
-    read = [uri for uri in (settings.mirror_uri, settings.weights) if uri and uri.startswith("s3://")]
+    places = (settings.mirror_uri, settings.model_uri, settings.weights)
+    beside = [uri.rpartition("/")[0] if uri.endswith(".json") else uri for uri in settings.workflows]
+    read = [*dict.fromkeys(as_folder(uri) for uri in (*places, *beside) if uri and uri.startswith("s3://"))]
     allow(
         "Results",
         ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],

@@ -490,11 +490,17 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """What calls and the adapter management API know the model by."""
+        """What the HTTP side knows the model by."""
         if self.served_model_name is not None:
             return self.served_model_name
         path = self.model_dir.absolute().as_posix() if self.model_dir is not None else self.model or ""
         return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What requests may call the model: its name first, then MODEL's last part and all of it."""
+        said = str(self.model)
+        return tuple(dict.fromkeys([self.model_name, said.rstrip("/").rpartition("/")[2], said]))
 
     @property
     def registered_path(self) -> Path | None:

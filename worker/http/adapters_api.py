@@ -10,7 +10,6 @@ Everything below `/models` and `/adapters` is answered here, and in JSON. A path
 are decoded, so a name with an encoded slash is one name.
 """
 
-import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -19,20 +18,16 @@ import msgspec
 from aiohttp import web
 
 from worker.adapters.info import AdapterInfo
-from worker.errors import HandlerRefused, LoramillError
-from worker.http.answers import Refused, answer, refusal
-from worker.http.bodies import read_body
-from worker.http.codes import code_of
+from worker.errors import LoramillError
+from worker.http.answers import Refused, answer
+from worker.http.codes import refused_for
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
-
-logger = logging.getLogger(__name__)
+from worker.http.requests import expect_method, expect_no_body, expect_ready, no_route
 
 PREFIXES = ("models", "adapters")
 ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
 MAX_PAGE = 100
-BODY_SECONDS = 10.0
-MAX_BODY_BYTES = 64 << 10
 
 
 class Registry(Protocol):
@@ -84,34 +79,21 @@ class AdaptersApi:
             self.registry.close()
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer one request; what is wrong with it is in the answer."""
-        try:
-            return answer(await self._run(request))
-        except Refused as refused:
-            return refusal(refused)
-        except Exception:
-            logger.exception("a request failed by a mistake of ours")
-            return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
-
-    async def _run(self, request: web.Request) -> Any:
+        """Answer one request. Raises Refused and LoramillError."""
         model, adapter, actions = _route(segments_of(request))
-        action = actions.get(request.method)
-        if action is None:
-            allowed = {"Allow": ", ".join(sorted(actions))}
-            raise Refused(405, f"The method {request.method} is not allowed here", headers=allowed)
+        expect_method(request, *sorted(actions))
+        action = actions[request.method]
         if model not in {None, self._model}:
             raise Refused(404, f"The model {model} was not found")
         if not self._lora_enabled:
             raise Refused(400, "LoRA is not enabled.")
-        reason = self._not_ready()
-        if reason is not None or self.registry is None:
-            raise Refused(503, f"The worker is not ready: {reason or 'loading the model'}")
-        await _expect_no_body(request)
+        registry = expect_ready(self._not_ready(), self.registry)
+        await expect_no_body(request)
         parameters = Parameters(request.rel_url.raw_query_string)
         name = adapter or ""
         if action is _register:
             name = parameters.required("name")
-        return await self._under_alias(request, name, action(self.registry, parameters, name))
+        return answer(await self._under_alias(request, name, action(registry, parameters, name)))
 
     async def _under_alias(self, request: web.Request, name: str, work: Awaitable[Any]) -> Any:
         """Do it, and let no message call the adapter otherwise than the client does."""
@@ -119,10 +101,10 @@ class AdaptersApi:
         try:
             found = await work
         except LoramillError as error:
-            code = error.status if isinstance(error, HandlerRefused) else code_of(error)
-            if code is None:
+            refused = refused_for(error)
+            if refused is None:
                 raise
-            raise Refused(code, _renamed(str(error), name, shown)) from error
+            raise Refused(refused.code, _renamed(refused.message, name, shown)) from error
         if not isinstance(found, _Done):
             return found
         status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
@@ -147,12 +129,7 @@ def _route(segments: list[str]) -> tuple[str | None, str | None, dict[str, _Acti
         case ["adapters", adapter, "update"]:
             return model, decoded(adapter), {"POST": _update}
         case _:
-            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
-
-
-async def _expect_no_body(request: web.Request) -> None:
-    if await read_body(request, MAX_BODY_BYTES, BODY_SECONDS):
-        raise Refused(400, "The request has a body; parameters go into the query")
+            raise no_route()
 
 
 def _renamed(message: str, name: str, shown: str) -> str:
