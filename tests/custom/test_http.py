@@ -61,6 +61,8 @@ def test_headers_are_properties_but_the_token() -> None:
     [
         ({"handler": "leave"}, "/invocations", 400, "handler can't be overridden"),
         ({"Batch_Size": "999999999"}, "/invocations", 400, "can't be overridden"),
+        ({"Model_Dir": "/etc"}, "/invocations", 400, "can't be overridden"),
+        ({"device_id": "7"}, "/invocations", 400, "can't be overridden"),
         ({"X-Amzn-SageMaker-Custom-Attributes": "handler=leave"}, "/invocations", 400, "overridden"),
         ({}, "/predictions/other", 404, "The model other was not found"),
         ({}, "/invocations?how=%ff", 400, "not UTF-8"),

@@ -27,8 +27,8 @@ _WRITE_SECONDS = 30.0
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
 _MODEL_HEADER = "x-amzn-sagemaker-target-model"
 _MOST_PARAMETERS = 1000
-_OURS_ALONE = frozenset({"handler", "batch_size"})
-"""Properties that say which function is called and with how many requests."""
+_OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
+"""Properties that say which function is called, with how many requests, and where."""
 _PRIVATE = frozenset({"authorization"})
 """Headers that are for the worker: its token is among them."""
 _FRAMING = frozenset({
