@@ -23,6 +23,7 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -48,6 +49,7 @@ __all__ = [
     "MirrorPaths",
     "MirrorState",
     "check_folder",
+    "content_version",
     "hold",
     "is_adapter_name",
     "is_version",
@@ -106,9 +108,14 @@ def left_out_code(folder: AdapterFolder) -> bool:
 
 
 def _content_version(path: Path) -> str:
+    return content_version(path, carried_files(path, code=True))
+
+
+def content_version(path: Path, files: Mapping[str, os.stat_result]) -> str:
+    """The version of these files of a plain folder, which are sorted. Blocking. Raises OSError."""
     lines = [
         [name, _file_digest(path / name, status.st_size, status.st_mtime_ns, status.st_ino)]
-        for name, status in carried_files(path, code=True).items()
+        for name, status in files.items()
     ]
     return hashlib.sha256(msgspec.json.encode(lines)).hexdigest()
 

@@ -1,10 +1,11 @@
 """The worker's settings: LORAMILL_* and flags, and the `option.*` family that DJL Serving's users know.
 
 Options come from `serving.properties` in the model's folder and from `OPTION_<NAME>`; the file wins over
-OPTION_*, and a flag or a LORAMILL_* variable wins over both. Of the other keys of serving.properties, those
-in IGNORED_KEYS, with or without DJL's device prefix (`gpu.maxWorkers`), are accepted and reported by
-`notes`, because they size DJL's own worker pool; any other key is a mistake. Options that ask for what this
-version does not do are refused, never swallowed.
+OPTION_*, these over the variables of DJL_VARIABLES, and a flag or a LORAMILL_* variable wins over all. Of
+the other keys of serving.properties, those in IGNORED_KEYS, with or without DJL's device prefix
+(`gpu.maxWorkers`), are accepted and reported by `notes`, because they size DJL's own worker pool, and so are
+options that ask for what is so anyway, those in AS_IT_IS; any other key is a mistake. Options that ask for
+what this version does not do are refused, never swallowed.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import javaproperties
@@ -34,10 +36,34 @@ from adapters_sync.settings import (
 from worker.errors import SettingsError
 
 IGNORED_KEYS = frozenset({
-    "batchSize", "batch_size", "engine", "job_queue_size", "load_on_devices", "maxBatchDelay", "maxIdleTime",
-    "maxWorkers", "max_batch_delay", "max_idle_time", "max_workers", "minWorkers", "min_workers",
-    "response_timeout", "retry_threshold",
+    "batchSize", "batch_size", "engine", "job_queue_size", "load_on_devices", "log_model_metric",
+    "log_request_metric", "maxBatchDelay", "maxIdleTime", "maxWorkers", "max_batch_delay", "max_idle_time",
+    "max_workers", "metrics_aggregation", "minWorkers", "min_workers", "required_memory_mb",
+    "reserved_memory_mb", "response_timeout", "retry_threshold",
 })  # fmt: skip
+_YES_OR_NO = ("true", "false", "1", "0", "yes", "no")
+AS_IT_IS = {
+    "adapters": ("adapters",),
+    "async_mode": _YES_OR_NO,
+    "device_map": ("auto",),
+    "enable_streaming": ("false", "0", "no"),
+    "mpi_mode": _YES_OR_NO,
+    "output_formatter": ("json",),
+    "parallel_loading": _YES_OR_NO,
+    "rolling_batch": ("auto", "vllm", "trtllm", "lmi-dist", "scheduler", "disable"),
+    "task": ("auto", "text-generation"),
+}
+"""Options that choose among DJL Serving's ways, and their values that mean what the worker does anyway."""
+DJL_VARIABLES = {
+    "HF_MODEL_ID": "model_id",
+    "HF_MODEL_TRUST_REMOTE_CODE": "trust_remote_code",
+    "TENSOR_PARALLEL_DEGREE": "tensor_parallel_degree",
+}
+"""Variables of DJL Serving's starting guide, and the settings that they are."""
+_INSTEAD = {
+    "gpu_memory_utilization": "LORAMILL_MEMORY_SHARE, which is a part of what the weights leave free",
+    "revision": "LORAMILL_MODEL, as a folder with that revision in it",
+}
 
 _FACTOR = r"(1000(\.0*)?|[1-9][0-9]{0,2}(\.[0-9]*)?)"
 FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
@@ -93,7 +119,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"option": "max_rolling_batch_size"},
         ),
     ] = 16
-    max_num_batched_tokens: Annotated[int, Meta(description="Most tokens in one step.", ge=1)] = 2048
+    max_num_batched_tokens: Annotated[
+        int,
+        Meta(
+            description="Most tokens in one step.", ge=1, extra={"option": "max_rolling_batch_prefill_tokens"}
+        ),
+    ] = 2048
     max_model_len: Annotated[
         int | None,
         Meta(
@@ -225,6 +256,15 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         ),
     ] = None
 
+    served_model_name: Annotated[
+        str | None,
+        Meta(
+            description="What calls and the adapter management API know the model by. Default: the last part "
+            "of MODEL.",
+            pattern=r"^[A-Za-z0-9][\w.-]{0,127}\Z",
+            extra={"expected": "1 to 128 letters, digits, dots, dashes and underscores"},
+        ),
+    ] = None
     http_max_calls: Annotated[
         int, Meta(description="Calls that may be at work at once; others are refused with 503.", ge=1)
     ] = 64
@@ -308,10 +348,14 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         int,
         Meta(
             description="Devices that share the model, each with a process: GPUs from the first on, or parts "
-            "of the CPU.",
-            ge=1,
+            "of the CPU. max is all the GPUs that there are.",
+            ge=0,
             le=64,
-            extra={"option": "tensor_parallel_degree"},
+            extra={
+                "option": "tensor_parallel_degree",
+                "aliases": {"max": "0"},
+                "expected": "from 1 to 64, or max",
+            },
         ),
     ] = 1
 
@@ -438,9 +482,17 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """The last part of MODEL, by which the adapter management API knows the model."""
+        """What the HTTP side knows the model by."""
+        if self.served_model_name is not None:
+            return self.served_model_name
         path = self.model_dir.absolute().as_posix() if self.model_dir is not None else self.model or ""
         return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What requests may call the model: its name first, then MODEL's last part and all of it."""
+        said = str(self.model)
+        return tuple(dict.fromkeys([self.model_name, said.rstrip("/").rpartition("/")[2], said]))
 
     @property
     def registered_path(self) -> Path | None:
@@ -458,6 +510,11 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         """The custom handler that was named; None when none was, or DJL Serving's own."""
         built_in = self.entry_point is None or _BUILT_IN.fullmatch(self.entry_point)
         return None if built_in else self.entry_point
+
+    @property
+    def may_have_handler(self) -> bool:
+        """Whether a handler of the model's answers, if there is one."""
+        return self.custom_code and (self.entry_point is None or self.own_entry_point is not None)
 
     @property
     def cpu_loras(self) -> int:
@@ -492,6 +549,7 @@ KNOWN_NAMES = reader.known_names(Settings)
 """Every LORAMILL_ variable of the program, to pass as `known` where only SyncSettings is read."""
 
 _OPTIONS = {info.option: info.name for info in describe(Settings) if info.option is not None}
+_FIELDS = frozenset(info.name for info in describe(Settings))
 _SPELLINGS = {option.lower(): option for option in _OPTIONS}
 """What is meant by the part of OPTION_<NAME> that follows, in lower case."""
 
@@ -525,7 +583,7 @@ def read_settings(
     needed = [*required, *(() if said.isdisjoint(together) else together)]
     mistakes += settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
-    if settings.custom_code:
+    if settings.may_have_handler:
         mistakes += _refuse_other_calls(handler_options(environ, properties))
     else:
         mistakes += strangers
@@ -547,8 +605,10 @@ def handler_options(environ: Mapping[str, str], properties: str | None = None) -
     return {name: value.strip() for name, value in said.items() if value.strip()}
 
 
-def notes(settings: Settings, properties: str | None = None) -> list[str]:
-    """What was said and has no effect, for the log at start."""
+def notes(
+    settings: Settings, properties: str | None = None, environ: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What was said and has no effect, and what may surprise, for the log at start."""
     said = [
         f"{key} in serving.properties sizes DJL Serving's workers and has no effect here"
         for key in _parse(properties, [])
@@ -558,23 +618,39 @@ def notes(settings: Settings, properties: str | None = None) -> list[str]:
         said.append(
             f"entry_point {settings.entry_point} is DJL Serving's: the worker's engine is in its place"
         )
+    if not settings.may_have_handler:
+        said += [
+            f"option {name} chooses among DJL Serving's ways and changes nothing here"
+            for name in handler_options(environ, properties)
+            if name in AS_IT_IS
+        ]
+    if settings.lora_enabled and settings.mirror_uri is not None and not settings.sync:
+        said.append(
+            f"this worker does not mirror {settings.mirror_uri}: adapters are served as far as "
+            f"`loramill sync` brings them to {settings.adapters_path}, or with --sync the worker itself"
+        )
     if not settings.lora_enabled and settings.adapters_dir is not None:
         said.append(f"enable_lora is false: the adapters in {settings.adapters_dir} are not served")
     return said
 
 
-def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, Said]:
-    options = {}
+def _from_environment(environ: Mapping[str, str], strangers: list[str]) -> dict[str, Said]:
+    """What options in variables say, by field; what is wrong with the others goes to `strangers`."""
+    options = {
+        field: Said(name, environ[name])
+        for name, field in DJL_VARIABLES.items()
+        if environ.get(name, "").strip()
+    }
     for name, value in sorted(environ.items()):
         if not name.startswith("OPTION_") or not value.strip():
             continue
-        option = _SPELLINGS.get(name.removeprefix("OPTION_").lower(), "")
-        field = _OPTIONS.get(option) if name.isupper() else None
-        if field is None:
-            close = nearest(name, [f"OPTION_{option.upper()}" for option in _OPTIONS])
-            mistakes.append(f"{name}: unknown option (environment); the nearest known one is {close}")
+        said = name.removeprefix("OPTION_").lower()
+        option = _SPELLINGS.get(said, said) if name.isupper() else ""
+        if option in _OPTIONS:
+            options[_OPTIONS[option]] = Said(name, value)
         else:
-            options[field] = Said(name, value)
+            known = [f"OPTION_{option.upper()}" for option in _OPTIONS]
+            strangers += _strange(name, option, value, "unknown option (environment)", known)
     return options
 
 
@@ -583,16 +659,30 @@ def _from_properties(text: str | None, mistakes: list[str], strangers: list[str]
     options = {}
     for key, value in _parse(text, mistakes).items():
         is_option = key.startswith("option.")
-        field = _OPTIONS.get(key.removeprefix("option.")) if is_option else None
-        field = "batch_size" if key in _BATCH_KEYS else field
+        option = key.removeprefix("option.") if is_option else ""
+        field = "batch_size" if key in _BATCH_KEYS else _OPTIONS.get(option)
         if field is not None and value.strip():
             options[field] = Said(f"{key} in serving.properties", value)
-        elif field is None and not _is_ignored(key):
-            close = nearest(key, [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS])
-            (strangers if is_option else mistakes).append(
-                f"{key}: unknown key (serving.properties); the nearest known one is {close}"
-            )
+        elif field is None and value.strip() and not _is_ignored(key):
+            known = [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS]
+            wrong = _strange(key, option, value, "unknown key (serving.properties)", known)
+            (strangers if is_option else mistakes).extend(wrong)
     return options
+
+
+def _strange(key: str, option: str, value: str, what: str, known: Collection[str]) -> list[str]:
+    """What is wrong with an option that is no setting, if anything is."""
+    harmless = AS_IT_IS.get(option, ())
+    if value.strip().lower() in harmless:
+        return []
+    if harmless:
+        return [
+            f"{key}: {value!r} is not what is done here; it must be {' or '.join(harmless)}, or left unset"
+        ]
+    env = f"LORAMILL_{option.upper()}" if option in _FIELDS else _INSTEAD.get(option)
+    if env is not None:
+        return [f"{key}: {what}; what there is instead is {env}"]
+    return [f"{key}: {what}; the nearest known one is {nearest(key, known)}"]
 
 
 def _refuse_other_calls(options: Mapping[str, str]) -> list[str]:
@@ -643,7 +733,7 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
         ),
         (
             {"lora_mode", "tensor_parallel_degree"},
-            settings.tensor_parallel_degree > 1 and settings.lora_mode != "unmerged",
+            settings.tensor_parallel_degree != 1 and settings.lora_mode != "unmerged",
             f"lora_mode: {shown('lora_mode')} must be unmerged with tensor_parallel_degree {degree}, above 1",
         ),
         (

@@ -221,16 +221,16 @@ def test_a_mirror_carries_code_to_a_worker_that_runs_it_and_to_no_other(serve, m
         assert line["adapter_version"] != described["version"]
     assert (tmp_path / "ran").exists()
     # A mirror of its own that was not told leaves it out: then rows are refused, and not answered without.
-    done = mill.run(
-        "sync", "--once", "--adapters-uri", uri, "--adapters-dir", str(tmp_path / "apart" / "adapters")
-    )
+    apart = str(tmp_path / "apart" / "adapters")
+    mirror = ["sync", "--once", "--adapters-uri", uri, "--adapters-dir", apart]
+    done = mill.run(*mirror)
     assert done.returncode == 0, done.stderr
-    with serve(base, LORAMILL_ADAPTERS_DIR=str(tmp_path / "apart" / "adapters")) as worker:
+    with serve(base, LORAMILL_ADAPTERS_DIR=apart) as worker:
         status, refused = ask(worker, body, adapter="a")
         assert (status, "model.py was not carried" in refused["message"]) == (424, True)
-    done = mill.run("sync", "--once", "--custom-code", "--adapters-uri", uri, "--adapters-dir", str(tmp_path / "apart" / "adapters"))  # fmt: skip
+    done = mill.run(*mirror, "--custom-code")
     assert done.returncode == 0, done.stderr
-    with serve(base, LORAMILL_ADAPTERS_DIR=str(tmp_path / "apart" / "adapters")) as worker:
+    with serve(base, LORAMILL_ADAPTERS_DIR=apart) as worker:
         assert ask(worker, body, adapter="a") == (200, {"marked": "one"})
 
 

@@ -454,10 +454,9 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
     commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("curl")]
 
     async def scenario(worker: Worker):
-        worker.calls.models["llama"] = worker.generation
         answers = [await curl(worker, *command) for command in commands]
         assert [answer.status for answer in answers] == [200] * len(commands)
-        ping, single, several, plain, header, chat, models, scored = [answer.body for answer in answers]
+        ping, single, several, plain, header, chat, like_djl, models, scored = [one.body for one in answers]
         assert ping == {"status": "Healthy"}
         assert set(single) == set(plain) == {"generated_text"}
         assert [set(one) for one in several] == [{"generated_text"}] * 2
@@ -467,9 +466,10 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
         assert header["generated_text"] != plain["generated_text"]
         assert scored[0]["logprob"] < 0
         assert (chat["object"], chat["model"]) == ("chat.completion", "pirate")
-        assert [one["id"] for one in models["data"]] == [MODEL, "pirate", "robot"]
+        assert like_djl["choices"] == chat["choices"]
+        assert [one["id"] for one in models["data"]] == ["llama", "pirate", "robot"]
 
-    serve(core, tmp_path / "adapters", tmp_path, scenario)
+    serve(core, tmp_path / "adapters", tmp_path, scenario, model="llama")
 
 
 async def curl(worker: Worker, target: str, *options: str):
@@ -534,7 +534,15 @@ def test_a_completion_of_openais_is_answered_as_one_by_the_base_or_the_adapter_o
         ({"model": "nobody", "prompt": "x"}, 404, "Adapter nobody is not registered"),
         ({"model": "tiny", "prompt": "x", "stream": True}, 400, "parameter stream is true"),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "parameter n is 2"),
-        ({"prompt": "x"}, 400, "the row's body.model is null"),
+        ({"model": 5, "prompt": "x"}, 400, "the row's body.model is 5"),
+        ({"prompt": "x", "adapters": "nobody"}, 404, "Adapter nobody is not registered"),
+        ({"prompt": "x", "adapters": ["a0"]}, 400, "the row's adapters is a list of 1; it must be text"),
+        (
+            {"model": "a0", "prompt": "x", "adapters": "a1"},
+            400,
+            "model is 'a0' and adapters 'a1'; they name two adapters",
+        ),
+        ({"model": "a0", "prompt": "x", "adapters": ["a0"]}, 400, "model is 'a0' and adapters a list of 1"),
         ({"model": "tiny"}, 400, "the row's body.prompt is null"),
         ({"model": "tiny", "inputs": "x"}, 400, "parameter 'inputs' is unknown"),
         ([], 400, "The body is JSON and not an object"),
@@ -545,6 +553,33 @@ def test_what_is_wrong_with_a_body_of_openais_is_told(run, body, status, says):
         answer = await worker.invoke(body, "/v1/completions")
         assert (answer.status, answer.body["code"]) == (status, status)
         assert answer.body["message"].startswith(says)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("target", ["/v1/chat/completions", "/invocations", f"/predictions/{MODEL}"])
+def test_a_chat_names_its_adapter_as_djl_serving_s_do(run, target):
+    async def scenario(worker: Worker):
+        messages = [{"role": "user", "content": "who"}]
+        inputs, parameters = [{"messages": messages}], {"max_new_tokens": 5}
+        said = {}
+        for name in ("", "a0", "a1", "a2"):
+            (result,) = await worker.job(inputs, adapters=name or None, parameters=parameters)
+            said[name] = result.text
+        assert len(set(said.values())) == 4
+
+        async def ask(query="", headers=None, **fields):
+            body = {"messages": messages, "max_tokens": 5, "temperature": 0} | fields
+            answer = await worker.invoke(body, target + query, **(headers or {}))
+            assert answer.status == 200, answer.body
+            return answer.body["choices"][0]["message"]["content"], answer.body["model"]
+
+        assert await ask() == await ask(adapters="") == await ask(adapters=None) == (said[""], MODEL)
+        for fields in ({}, {"model": MODEL}, {"model": "a0"}):
+            assert await ask(adapters="a0", **fields) == (said["a0"], "a0")
+        assert await ask("?adapter=a1", adapters="a0") == (said["a1"], "a1")
+        assert await ask("?adapter=a1", {HEADER: "a2"}, adapters="a0") == (said["a2"], "a2")
+        assert await ask("", {HEADER: ""}, adapters="a0") == (said[""], MODEL)
 
     run(scenario)
 

@@ -8,7 +8,6 @@ from worker.adapters.directory import AdapterDirectory
 from worker.custom.formatters import Formatters
 from worker.errors import HandlerRefusedRow, RowError
 from worker.http.answers import Refused
-from worker.http.calls import Call
 from worker.jobs import Task
 from worker.wire.formatting import check_kept
 from worker.wire.openai_calls import shape_of
@@ -31,14 +30,17 @@ class BodyFormatting:
         self._formatters = formatters
         self._adapters = adapters
 
-    async def format(self, call: Call, body: dict[str, Any]) -> Formatted:
-        """OpenAI's bodies and those to be scored are left alone. Raises Refused."""
-        if (call.shape or shape_of(body)) is not None or body.get("task") == Task.SCORE:
+    async def format(self, body: dict[str, Any], *, adapter: str | None, workflow: str | None) -> Formatted:
+        """A body of ours; OpenAI's, and those to be scored, stay what they are.
+
+        `adapter` and `workflow` are what is said beside the body. Raises Refused.
+        """
+        if shape_of(body) is not None or body.get("task") == Task.SCORE:
             return Formatted(body)
-        if call.workflow is not None or (call.adapter is None and _is_mixed(body)):
+        if workflow is not None or (adapter is None and _is_mixed(body)):
             return Formatted(body, by_row=True)
         async with AsyncExitStack() as stack:
-            folder, name = None, body.get("adapters") if call.adapter is None else call.adapter
+            folder, name = None, body.get("adapters") if adapter is None else adapter
             name = name[0] if isinstance(name, list) and name else name
             try:
                 if isinstance(name, str) and name:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from worker.errors import InvalidMessage
 from worker.http.answers import Refused
-from worker.http.calls import Call, Reply
 from worker.http.formatting import BodyFormatting, Formatted
 from worker.jobs import Failure, Row, RowResult
-from worker.wire.calls import Asked, parse_body, read_call, write_answer
+from worker.wire.calls import Asked, read_call, write_answer
+from worker.wire.checks import parse_object
 from worker.wire.openai_calls import read_openai_call, shape_of, write_openai_answer
 from worker.wire.results import failure_in
 
@@ -27,6 +27,22 @@ STATUSES = {
     "timeout": 504,
 }
 """By the code of a row's error, for calls of a single row; what is not here is the caller's, 400."""
+
+
+class Call(NamedTuple):
+    """One request that is for the model."""
+
+    id: str
+    """Unique."""
+    body: bytes
+    content_type: str | None
+    """Without its parameters, in lower case; None where there is none."""
+    adapter: str | None
+    """That query or header name for all of it; None if they name none, "" is the base model."""
+    workflow: str | None = None
+    """What the rows are put through, where the model was called by a workflow's name."""
+    shape: str | None = None
+    """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
 
 
 class CallLimits(NamedTuple):
@@ -63,13 +79,13 @@ class Generation:
         self.num_rows = 0
         """At work."""
 
-    async def answer(self, call: Call) -> Reply:
-        """Raises Refused and EngineFailed."""
+    async def answer(self, call: Call) -> tuple[bytes, list[str]]:
+        """JSON, and of each row `completed` or its error's code. Raises Refused and EngineFailed."""
         try:
             # Reading a large body takes a while, and others are to be answered.
             said = Formatted(await asyncio.to_thread(_body, call))
-            if self._formatting is not None:
-                said = await self._formatting.format(call, said.body)
+            if self._formatting is not None and call.shape is None:
+                said = await self._formatting.format(said.body, adapter=call.adapter, workflow=call.workflow)
             asked = await asyncio.to_thread(self._read, call, said)
         except InvalidMessage as error:
             raise Refused(400, _sentence(error)) from error
@@ -78,7 +94,7 @@ class Generation:
         if asked.is_single and failures[0] is not None:
             raise _refusal(failures[0], is_openai=asked.is_openai)
         body = await asyncio.to_thread(self._write, call, asked, results)
-        return Reply(body, outcomes=tuple(failure.code if failure else "completed" for failure in failures))
+        return body, [failure.code if failure else "completed" for failure in failures]
 
     def _read(self, call: Call, said: Formatted) -> Asked:
         body, names = said.body, self._base_models
@@ -121,7 +137,7 @@ class Generation:
 def _body(call: Call) -> dict[str, Any]:
     """The fields of a body. Raises Refused for a type that is not served, and InvalidMessage."""
     if call.content_type in {None, "application/json"}:
-        return parse_body(call.body)
+        return parse_object(call.body)
     if call.content_type == "text/plain":
         try:
             return {"inputs": call.body.decode()}

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from worker.errors import InvalidMessage
-from worker.jobs import Row, RowResult, Task
+from worker.jobs import Row, RowResult
 from worker.wire import rows
-from worker.wire.checks import show, unknown
+from worker.wire.checks import read_task, show, unknown
 from worker.wire.results import encode, failure_in, response_of
 from worker.wire.rows import read_rows
 
@@ -26,19 +26,6 @@ class Asked(msgspec.Struct, frozen=True):
     """Whether `inputs` was one text: then so is the answer."""
     is_openai: bool = False
     """Whether the body is one of OpenAI's API."""
-
-
-def parse_body(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises InvalidMessage."""
-    try:
-        found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidMessage(f"the body is not JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidMessage("the body is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise InvalidMessage("the body is JSON and not an object")
-    return found
 
 
 def read_call(
@@ -59,10 +46,7 @@ def read_call(
         raise InvalidMessage(f"field {stranger}")
     if body.get("stream") is not None and body["stream"] is not False:
         raise InvalidMessage(f"stream is {show(body['stream'])}; answers are not streamed: it must be false")
-    task = body.get("task")
-    if task is not None and (not isinstance(task, str) or task not in list(Task)):
-        raise InvalidMessage(f"task is {show(task)}; it must be generate or score")
-    task = Task(task) if task else Task.GENERATE
+    task = read_task(body.get("task"))
     try:
         read = read_rows(
             body,
@@ -81,12 +65,7 @@ def read_call(
 def write_answer(asked: Asked, results: Sequence[RowResult]) -> bytes:
     """JSON: an element for each row, by itself where one text was asked for. A failed row's is its error."""
     elements = [_element(result) for result in results]
-    return encode_any(elements[0] if asked.is_single else elements)
-
-
-def encode_any(value: object) -> bytes:
-    """JSON in UTF-8, whatever half characters there are in it."""
-    return encode(value) + b"\n"
+    return encode(elements[0] if asked.is_single else elements) + b"\n"
 
 
 def _element(result: RowResult) -> dict[str, Any]:

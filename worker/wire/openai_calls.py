@@ -3,7 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from worker.errors import InvalidLine
 from worker.jobs import Given, Row, RowResult
+from worker.wire.checks import show
 from worker.wire.draft import Draft
 from worker.wire.lines import read_item
 from worker.wire.openai_results import openai_answer
@@ -15,7 +17,7 @@ _URL_OF = {shape: url for url, shape in URLS.items()}
 
 def shape_of(body: Mapping[str, Any]) -> str | None:
     """Whether a body is a chat's or a completion's; None if it is neither."""
-    if "model" not in body or "inputs" in body:
+    if "inputs" in body:
         return None
     return CHAT if "messages" in body else COMPLETION if "prompt" in body else None
 
@@ -26,18 +28,29 @@ def read_openai_call(
     *,
     call_id: str,
     adapter: str | None = None,
-    base_models: Collection[str] | None = None,
+    base_models: Collection[str],
     workflow: str | None = None,
 ) -> Row:
-    """The one row of it; a mistake is its `failure`. `adapter`, unless None, wins over `model`.
+    """The one row of it; a mistake is its `failure`.
 
-    With a `workflow`, `model` names that or the base model.
+    The adapter is what `model` names, or as in DJL Serving's chats `adapters`, one name; `adapter`, unless
+    None, wins over both. `base_models` are the names of the base model, the first of which is meant where
+    there is no `model`. With a `workflow`, `model` names that or the base model.
     """
-    if workflow is not None and base_models is not None:
-        base_models = {*base_models, workflow}
-    item = {"custom_id": call_id, "method": "POST", "url": _URL_OF[shape], "body": body}
-    given = Given(override=adapter, base_models=base_models, workflow=workflow)
-    return read_item(Draft(0, call_id, given), item, "openai")
+    known = base_models if workflow is None else [workflow, *base_models]
+    said = dict(body)
+    adapters = said.pop("adapters", None)
+    if said.get("model") is None:
+        said["model"] = next(iter(known))
+    draft = Draft(0, call_id, Given(adapter=adapters, override=adapter, base_models=known, workflow=workflow))
+    if adapters is not None and said["model"] not in [*known, adapters]:
+        return draft.failed(
+            InvalidLine(
+                f"model is {show(said['model'])} and adapters {show(adapters)}; they name two adapters"
+            )
+        )
+    item = {"custom_id": call_id, "method": "POST", "url": _URL_OF[shape], "body": said}
+    return read_item(draft, item, "openai")
 
 
 def write_openai_answer(result: RowResult, *, call_id: str, created: int, base_model: str) -> bytes:
