@@ -25,13 +25,7 @@ from worker.core import Core, build_core, flow_of
 from worker.custom.adapters import HandlerAdapters
 from worker.custom.formatters import Formatters
 from worker.custom.handler import CustomHandler
-from worker.custom.opening import (
-    find_entry_point,
-    find_formatters,
-    make_formatters,
-    make_handler,
-    warn_of_code,
-)
+from worker.custom.opening import find_entry_point, make_handler, open_formatters, warn_of_code
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
 from worker.delivery.rows import RowRunner
@@ -135,17 +129,14 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
 
 
 async def _formatters(place: Place, stack: AsyncExitStack, weights: str) -> Formatters | None:
-    """What rows go through beside the engine, ready; None where custom code is off, or could be nobody's."""
-    settings = place.settings
-    if not settings.custom_code:
-        return None
-    folder = await fetch_model_folder(settings, place.objects, _logging_bytes())
-    folder = await asyncio.to_thread(find_formatters, settings, folder)
-    if folder is None and not settings.lora_enabled:
-        return None
-    made = make_formatters(settings, folder, weights=weights, environ=os.environ)
-    formatters = await stack.enter_async_context(made)
-    place.owned.add(asyncio.create_task(formatters.wait(), name="formatters"))
+    """What rows go through beside the engine, ready."""
+    folder = None
+    if place.settings.custom_code:
+        folder = await fetch_model_folder(place.settings, place.objects, _logging_bytes())
+    opened = open_formatters(place.settings, folder, weights=weights, environ=os.environ)
+    formatters = await stack.enter_async_context(opened)
+    if formatters is not None:
+        place.owned.add(asyncio.create_task(formatters.wait(), name="formatters"))
     return formatters
 
 

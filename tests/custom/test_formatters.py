@@ -18,8 +18,8 @@ from adapters_sync.manifests import PublishedManifest
 from tests.custom.conftest import MODELS
 from worker.custom import formatter_host
 from worker.custom.formatters import Formatter, Formatters, NoCode
-from worker.custom.opening import find_entry_point, find_formatters, make_formatters
-from worker.errors import AdapterInvalid, HandlerRefused, HandlerRefusedRow, ModelError
+from worker.custom.opening import find_entry_point, open_formatters
+from worker.errors import AdapterInvalid, EngineFailed, HandlerRefused, HandlerRefusedRow, ModelError
 from worker.settings import read_settings
 
 DJL = MODELS / "formatters"
@@ -48,14 +48,17 @@ def unruly(payload, tokenizer=None, **kwargs):
 
 
 @asynccontextmanager
-async def formatters_of(folder: Path | None, *, seconds: float = 60.0) -> AsyncIterator[Formatters]:
+async def formatters_of(
+    folder: Path | None, *, seconds: float = 60.0, weights: str = ""
+) -> AsyncIterator[Formatters]:
     environ = {
         "LORAMILL_CUSTOM_CODE": "true",
+        "LORAMILL_ENABLE_LORA": "true",
         "LORAMILL_PREDICT_TIMEOUT_SECONDS": str(seconds),
-        "LORAMILL_MODEL": "some/model",
     }
-    made = make_formatters(read_settings(environ=environ), folder, weights="", environ=os.environ)
-    async with made as formatters:
+    settings = read_settings(environ=environ)
+    async with open_formatters(settings, folder, weights=weights, environ=os.environ) as formatters:
+        assert formatters is not None
         yield formatters
 
 
@@ -220,10 +223,7 @@ def test_the_tokenizer_is_the_models_and_read_when_it_is_used(tmp_path: Path) ->
     )
 
     async def play() -> dict[str, Any]:
-        environ = {"LORAMILL_CUSTOM_CODE": "true", "LORAMILL_MODEL": str(tmp_path / "model")}
-        settings = read_settings(environ=environ)
-        made = make_formatters(settings, tmp_path / "model", weights=str(base), environ=os.environ)
-        async with made as formatters:
+        async with formatters_of(tmp_path / "model", weights=str(base)) as formatters:
             return await run(formatters, (await formatters.of(None)).input, inputs="hello hello")
 
     said = asyncio.run(play())
@@ -262,11 +262,39 @@ def test_a_model_py_with_formatters_and_no_handle_is_no_handler(tmp_path, code, 
     settings = read_settings(environ={"LORAMILL_CUSTOM_CODE": "true"})
     assert (find_entry_point(settings, tmp_path) == "model.py") == is_handler
     if not is_handler:
-        assert find_formatters(settings, tmp_path) == tmp_path
         assert find_entry_point(settings, tmp_path, "f") == "model.py"
-    off = read_settings(environ={})
-    assert find_entry_point(off, tmp_path) is None
-    assert find_formatters(off, tmp_path) is None
+    assert find_entry_point(read_settings(environ={}), tmp_path) is None
+
+
+@pytest.mark.parametrize("environ", [{}, {"LORAMILL_ENABLE_LORA": "true"}, {"LORAMILL_CUSTOM_CODE": "true"}])
+def test_no_process_is_started_where_nothing_could_be_formatted(tmp_path: Path, environ) -> None:
+    async def play() -> None:
+        settings = read_settings(environ=environ)
+        async with open_formatters(settings, tmp_path, weights="", environ={}) as formatters:
+            assert formatters is None
+
+    asyncio.run(play())
+
+
+def test_rows_are_given_back_when_no_process_can_be_started_any_more(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        f"{MARKS}@input_formatter\ndef f(p, **_):\n    import os\n    os._exit(1)\n"
+    )
+
+    async def play() -> None:
+        async with formatters_of(tmp_path) as formatters:
+            formatters._handler._sleep = lambda _: asyncio.sleep(0)
+            own = (await formatters.of(None)).input
+            with pytest.raises(HandlerRefusedRow, match="exit code 1"):
+                await run(formatters, own, inputs="")
+            (tmp_path / "model.py").write_text("raise OSError('it is gone')\n")
+            for _ in range(2):
+                with pytest.raises(EngineFailed, match="it is gone"):
+                    await run(formatters, own, inputs="")
+            with pytest.raises(EngineFailed):
+                await formatters.wait()
+
+    asyncio.run(play())
 
 
 def test_only_so_many_modules_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

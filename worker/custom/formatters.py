@@ -19,6 +19,7 @@ from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
 from worker.errors import (
     AdapterInvalid,
+    EngineFailed,
     HandlerBusy,
     HandlerDied,
     HandlerRefused,
@@ -155,13 +156,18 @@ class Formatters:
         return found if isinstance(found, str) else None
 
     async def run(self, formatter: Formatter, given: Mapping[str, Any], *, urgent: bool) -> dict[str, Any]:
-        """What a formatter makes of a payload or a response. Raises HandlerRefusedRow, which names it."""
+        """What a formatter makes of a payload or a response.
+
+        Raises HandlerRefusedRow, which names it, and EngineFailed where no formatter can be run any more.
+        """
         content = (*_place(formatter.key, formatter.folder), ("data", encode(given)))
         try:
             function = f"format_{formatter.kind}"
             answer = await self._handler.call(function, {}, content, urgent=urgent)
             body = await answer.read()
         except (HandlerDied, HandlerBusy) as error:
+            if self._handler.has_ended:
+                raise EngineFailed(f"no formatter can be run: {error}") from error
             raise HandlerRefusedRow(f"The {formatter} failed: {error}") from error
         if answer.is_failure:
             raise HandlerRefusedRow(f"The {formatter} {answer.reason}")
@@ -193,6 +199,8 @@ class Formatters:
         try:
             answer = await self._handler.call("look", {}, _place(key, folder))
         except (HandlerDied, HandlerBusy) as error:
+            if self._handler.has_ended:
+                raise EngineFailed(f"no formatter can be run: {error}") from error
             raise HandlerRefused(f"its model.py cannot be loaded: {error}", 424) from error
         if answer.is_failure:
             raise HandlerRefused(f"its model.py {answer.reason}", 424)

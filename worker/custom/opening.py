@@ -1,8 +1,10 @@
 """Which handler a model comes with, and what it is started with."""
 
 import ast
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from worker.custom import formatter_host
@@ -24,7 +26,7 @@ _MARKS = {"input_formatter", "output_formatter"}
 def find_entry_point(settings: Settings, folder: Path | None, function: str = "handle") -> str | None:
     """The handler in the model's folder; None when there is none, or custom code is off. Blocking.
 
-    A model.py with formatters and without the `function` of a handler is none: see `find_formatters`.
+    A model.py with formatters and without the `function` of a handler is none: see `open_formatters`.
 
     Raises ModelError when the one that was named is not there.
     """
@@ -49,32 +51,41 @@ def find_entry_point(settings: Settings, folder: Path | None, function: str = "h
     return named
 
 
-def find_formatters(settings: Settings, folder: Path | None) -> Path | None:
-    """The model's folder, if there are formatters in it for the engine's rows to go through. Blocking."""
-    if not settings.custom_code or folder is None or not (folder / MODEL_PY).is_file():
-        return None
-    _, marks = _defined(folder / MODEL_PY)
-    return folder if marks else None
-
-
-def make_formatters(
+@asynccontextmanager
+async def open_formatters(
     settings: Settings, folder: Path | None, *, weights: str, environ: Mapping[str, str]
-) -> Formatters:
-    """The process for formatters, not started yet. `folder` is the model's, if it has any of its own."""
+) -> AsyncIterator[Formatters | None]:
+    """What the engine's rows go through; None where custom code is off, or could be nobody's.
+
+    `folder` is the model's, `weights` where its tokenizer is. Raises ModelError.
+    """
+    found = await asyncio.to_thread(_find_formatters, folder) if settings.custom_code else None
+    if not settings.custom_code or (found is None and not settings.lora_enabled):
+        yield None
+        return
     told = {
-        "formatters": str(folder is not None).lower(),
+        "formatters": str(found is not None).lower(),
         "tokenizer": weights,
         "trust_remote_code": str(settings.trust_remote_code).lower(),
     }
-    place = folder or Path(djl_python.__file__).parents[1]  # where there is no model's folder to be in
+    place = found or Path(djl_python.__file__).parents[1]  # where there is no model's folder to be in
     handler = CustomHandler(
-        Begin(str(place.absolute()), formatter_host.__name__, {"handler": "handle", "device_id": "-1"}),
+        Begin(str(place), formatter_host.__name__, {"handler": "handle", "device_id": "-1"}),
         told,
         environ=environ,
         call_seconds=settings.predict_timeout_seconds,
         start_seconds=settings.model_loading_timeout_seconds,
     )
-    return Formatters(handler, folder)
+    async with Formatters(handler, found) as formatters:
+        yield formatters
+
+
+def _find_formatters(folder: Path | None) -> Path | None:
+    """The folder, if there are formatters in its model.py. Blocking."""
+    if folder is None or not (folder / MODEL_PY).is_file():
+        return None
+    _, marks = _defined(folder / MODEL_PY)
+    return folder.absolute() if marks else None
 
 
 def warn_of_code(adapters: Path) -> None:
