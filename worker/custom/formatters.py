@@ -102,13 +102,16 @@ class Formatters:
 
     async def __aenter__(self) -> Self:
         """Raises ModelError when the model's cannot be loaded."""
-        await self._handler.__aenter__()
+        try:
+            await self._handler.__aenter__()
+        except ModelError as error:
+            raise ModelError(f"the formatters of the model cannot be used: {error.__cause__}") from error
         if self._folder is not None:
             try:
                 self._model = await self._look("", self._folder, "the model")
-            except HandlerRefused as error:
+            except BaseException:
                 await self._handler.__aexit__()
-                raise ModelError(f"the formatters of the model cannot be used: {error}") from error
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
