@@ -1,6 +1,8 @@
 """Real workers whose own engine answers through formatters: over HTTP, from the queue, with adapters' own."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.custom.conftest import MODELS
-from tests.custom.test_worker import call, results, told
+from tests.custom.test_worker import README, call, curl, results, told
 from tests.e2e.conftest import BUCKET, Process, wait_until
 
 DJL = MODELS / "formatters"
@@ -121,7 +123,7 @@ def test_calls_and_rows_go_through_the_documented_examples(serve, mill, base, fo
         assert line["logprob"] < 0
         assert "response" not in line
         line = results(mill, worker, inputs=[{"custom_id": "1", "method": "POST", "url": "/v1/completions",
-                       "body": {"model": "bare", "prompt": "hello", "max_tokens": 4}}])[0]  # fmt: skip
+                       "body": {"model": "bare", "prompt": "hello", "max_tokens": 4, "temperature": 0}}])[0]  # fmt: skip
         assert line["generated_text"] == bare
 
 
@@ -243,3 +245,67 @@ def test_formatters_run_only_where_custom_code_is_on(serve, base, folder) -> Non
         status, said = ask(worker, {"inputs": "hello", "parameters": SHORT}, adapter="a")
         assert (status, said) == (200, {"generated_text": plain(worker, "hello", "a")})
         assert told(worker, "GET", "/adapters/a")[1]["note"] == "its model.py is not run: custom_code is off"
+
+
+def test_the_calls_of_a_workflow_are_formatted_each_for_its_adapter(serve, mill, base, tmp_path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    sources = {
+        "first": MARKER.format(word="first").replace('{"marked": "first"}', '{"generated_text": "hello"}'),
+        "last": MARKER.format(word="last").replace('{"marked": "last"}', "{**response, 'last': 1}"),
+    }
+    for seed, (name, code) in enumerate(sources.items()):
+        adapter(tmp_path / name, base, code, seed=seed)
+    adapters = {name: {"model": "m", "src": str(tmp_path / name)} for name in sources}
+    steps = {"one": ["adapter", "first", "in"], "out": ["adapter", "last", ["m", "one"]]}
+    said = {"name": "pair", "models": {"m": str(folder)}, "configs": {"adapters": adapters}}
+    (tmp_path / "workflow.json").write_text(json.dumps({**said, "workflow": steps}))
+    environ = {"LORAMILL_ENABLE_LORA": "true", "LORAMILL_WORKFLOWS": str(tmp_path / "workflow.json")}
+    with serve(folder, LORAMILL_CACHE_DIR=str(tmp_path / "c"), **environ) as worker:
+        wanted = plain(worker, "last hello", "pair.last")
+        status, answer = ask(worker, {"inputs": "any", "parameters": SHORT}, "/predictions/pair")
+        assert (status, answer) == (200, {"generated_text": wanted, "last": 1})
+        (line,) = results(mill, worker, inputs="any", model="pair", parameters=SHORT)
+        assert (line["generated_text"], line["response"]) == (wanted, {"last": 1})
+
+
+def test_files_of_rows_are_formatted_by_a_worker_and_by_run_batch(
+    serve, mill, base, folder, tmp_path
+) -> None:
+    adapter(folder / "adapters" / "a", base, MARKER.format(word="one"))
+    rows = [{"inputPrompt": "hello"}] * 6 + [{"input": "hello", "adapter": "a"}]
+    text = "".join(json.dumps({**row, "parameters": SHORT}) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    key = f"results/{mill.new_name()}.jsonl"
+    mill.s3.put_object(Bucket=BUCKET, Key=key, Body=text.encode())
+    with serve(folder) as worker:
+        lines = results(mill, worker, input={"uri": f"s3://{BUCKET}/{key}"})
+        said = plain(worker, "hello")
+    assert [line["generated_text"] for line in lines] == [f"[BASE] {said}"] * 6 + [None]
+    assert [line["index"] for line in lines] == list(range(7))
+    assert lines[6]["response"] == {"marked": "one"}
+    command = ["run-batch", "-i", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    told = {"LORAMILL_MODEL": str(folder), "LORAMILL_CUSTOM_CODE": "true", "LORAMILL_ENABLE_LORA": "true"}
+    done = mill.run(*command, **told)
+    assert done.returncode == 0, done.stderr
+    local = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for line in [*lines, *local]:
+        line.get("response", {}).pop("formatter_timestamp", None)
+    assert local == lines
+
+
+def test_the_formatters_of_the_readme_do_as_it_says(serve, mill, base, tmp_path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    text = README.read_text()
+    (code,) = [
+        one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@input_formatter" in one
+    ]
+    (folder / "model.py").write_text(code)
+    (words,) = [
+        shlex.split(line) for line in text.splitlines() if "What do bees make?" in line and "curl" in line
+    ]
+    with serve(folder) as worker:
+        said = json.loads(curl(worker, words))
+        assert said["length"] == len(said["generated_text"])
+        (line,) = results(mill, worker, inputs=[{"question": "What do bees make?"}])
+        assert line["generated_text"] == said["generated_text"]
+        assert line["response"] == {"length": said["length"]}

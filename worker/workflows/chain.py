@@ -44,6 +44,8 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
         if call.argument != IN:
             text = said[call.argument]
             step = msgspec.structs.replace(step, text=text, tokens=None, messages=None, raw=_asked(row, text))
+            if row.failure is not None:  # until a formatter made it one that can be read
+                step = msgspec.structs.replace(step, failure=None, params=result.row.params)
         result = await run(step)
         prompt_tokens += result.prompt_tokens
         completion_tokens += result.completion_tokens
