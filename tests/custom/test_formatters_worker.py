@@ -122,8 +122,9 @@ def test_calls_and_rows_go_through_the_documented_examples(serve, mill, base, fo
         (line,) = results(mill, worker, inputs="hello", task="score", adapters="my_adapter")
         assert line["logprob"] < 0
         assert "response" not in line
-        line = results(mill, worker, inputs=[{"custom_id": "1", "method": "POST", "url": "/v1/completions",
-                       "body": {"model": "bare", "prompt": "hello", "max_tokens": 4, "temperature": 0}}])[0]  # fmt: skip
+        body = {"model": "bare", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+        sent = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}
+        (line,) = results(mill, worker, inputs=[sent])
         assert line["generated_text"] == bare
 
 

@@ -38,15 +38,17 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
         return RowResult(row=row, failure=failure_of(refused))
     said: dict[str, str] = {}
     prompt_tokens = completion_tokens = 0
+    params = row.params
     for call in workflow.calls:
         adapter = None if call.adapter is None else workflow.adapter_name(call.adapter)
         step = msgspec.structs.replace(row, adapter=adapter, workflow=None)
         if call.argument != IN:
             text = said[call.argument]
             step = msgspec.structs.replace(step, text=text, tokens=None, messages=None, raw=_asked(row, text))
-            if row.failure is not None:  # until a formatter made it one that can be read
-                step = msgspec.structs.replace(step, failure=None, params=result.row.params)
+            if row.failure is not None:  # a formatter has made it one that can be read
+                step = msgspec.structs.replace(step, failure=None, params=params)
         result = await run(step)
+        params = result.row.params
         prompt_tokens += result.prompt_tokens
         completion_tokens += result.completion_tokens
         if result.failure is not None:
