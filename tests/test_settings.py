@@ -11,8 +11,9 @@ from msgspec import Meta
 
 from adapters_sync import errors as sync_errors
 from adapters_sync.settings import Said, SyncSettings, describe, gather, known_names, read
+from worker.djl_options import AS_IT_IS, IGNORED_KEYS
 from worker.errors import SettingsError
-from worker.settings import AS_IT_IS, IGNORED_KEYS, KNOWN_NAMES, Settings, notes, read_settings
+from worker.settings import KNOWN_NAMES, Settings, notes, read_settings
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

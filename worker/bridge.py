@@ -17,7 +17,7 @@ from worker.engine.adapter_loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore
 from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, OutOfMemory, RowFailed
-from worker.jobs import AdapterKey, Completion, Delta, InferenceRequest
+from worker.jobs import AdapterKey, Completion, Delta, InferenceRequest, OnDelta
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ _OFTEN = 3
 _MOST_COUNTED = 10_000
 """Adapter versions whose rows are counted; the counts of those that came first go first."""
 
-OnDelta = Callable[[Delta], None]
 Tier = Literal["gpu", "cpu", "disk"]
 
 

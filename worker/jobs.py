@@ -4,7 +4,7 @@ All are frozen. Times are seconds since the Unix epoch unless a name says otherw
 """
 
 import enum
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -293,6 +293,10 @@ class Delta(msgspec.Struct, frozen=True):
     """As in Completion."""
     text: str
     """What is certain of the text now and was not before: the texts of all deltas are how it begins."""
+
+
+OnDelta = Callable[[Delta], None]
+"""Who is told of them, on the event loop."""
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True):

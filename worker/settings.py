@@ -1,10 +1,7 @@
 """The worker's settings: LORAMILL_* and flags, and the `option.*` family that DJL Serving's users know.
 
 Options come from `serving.properties` in the model's folder and from `OPTION_<NAME>`; the file wins over
-OPTION_*, these over the variables of DJL_VARIABLES, and a flag or a LORAMILL_* variable wins over all. Of
-the other keys of serving.properties, those in IGNORED_KEYS, with or without DJL's device prefix
-(`gpu.maxWorkers`), are accepted and reported by `notes`, because they size DJL's own worker pool, and so are
-options that ask for what is so anyway, those in AS_IT_IS; any other key is a mistake. Options that ask for
+OPTION_*, and a flag or a LORAMILL_* variable wins over both: see `worker.djl_options`. Options that ask for
 what this version does not do are refused, never swallowed.
 """
 
@@ -16,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-import javaproperties
 from msgspec import Meta
 
 from adapters_sync import settings as reader
@@ -28,51 +24,15 @@ from adapters_sync.settings import (
     S3_PREFIX,
     S3_PREFIX_EXPECTED,
     Reading,
-    Said,
     SyncSettings,
     describe,
-    nearest,
 )
+from worker.djl_options import AS_IT_IS, BATCH_KEYS, DjlOptions, ignored_keys, refuse_other_calls
 from worker.errors import SettingsError
 
-IGNORED_KEYS = frozenset({
-    "batchSize", "batch_size", "engine", "job_queue_size", "load_on_devices", "log_model_metric",
-    "log_request_metric", "maxBatchDelay", "maxIdleTime", "maxWorkers", "max_batch_delay", "max_idle_time",
-    "max_workers", "metrics_aggregation", "minWorkers", "min_workers", "required_memory_mb",
-    "reserved_memory_mb", "response_timeout", "retry_threshold",
-})  # fmt: skip
-_YES_OR_NO = ("true", "false", "1", "0", "yes", "no")
-AS_IT_IS = {
-    "adapters": ("adapters",),
-    "async_mode": _YES_OR_NO,
-    "device_map": ("auto",),
-    "enable_streaming": ("false", "0", "no"),
-    "mpi_mode": _YES_OR_NO,
-    "output_formatter": ("json",),
-    "parallel_loading": _YES_OR_NO,
-    "rolling_batch": ("auto", "vllm", "trtllm", "lmi-dist", "scheduler", "disable"),
-    "task": ("auto", "text-generation"),
-}
-"""Options that choose among DJL Serving's ways, and their values that mean what the worker does anyway."""
-DJL_VARIABLES = {
-    "HF_MODEL_ID": "model_id",
-    "HF_MODEL_TRUST_REMOTE_CODE": "trust_remote_code",
-    "TENSOR_PARALLEL_DEGREE": "tensor_parallel_degree",
-}
-"""Variables of DJL Serving's starting guide, and the settings that they are."""
-_INSTEAD = {
-    "gpu_memory_utilization": "LORAMILL_MEMORY_SHARE, which is a part of what the weights leave free",
-    "revision": "LORAMILL_MODEL, as a folder with that revision in it",
-}
-
 _FACTOR = r"(1000(\.0*)?|[1-9][0-9]{0,2}(\.[0-9]*)?)"
-FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
-_BATCH_KEYS = frozenset({"batch_size", "batchSize"})
-"""What DJL calls the setting of a custom handler's batches; without one, of those above."""
+_FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
 _BUILT_IN = re.compile(r"djl_python(\.\w+)*")
-_WHOLE_CALLS_ONLY = {"rolling_batch": ("disable",), "mpi_mode": ("false", "0", "no")}
-"""Options that ask for another way of calling handlers, and the values that do not."""
-
 _S3 = {"expected": S3_PREFIX_EXPECTED}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -435,7 +395,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         Meta(
             description="Factors of linear rope scaling that adapters may ask for, each row its own: "
             "`3.0,4.0` or `(3.0, 4.0)`. MAX_MODEL_LEN goes up with the largest.",
-            pattern=FACTORS,
+            pattern=_FACTORS,
             extra={
                 "option": "long_lora_scaling_factors",
                 "expected": "numbers from 1 to 1000 with commas between them, in parentheses or not",
@@ -548,10 +508,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 KNOWN_NAMES = reader.known_names(Settings)
 """Every LORAMILL_ variable of the program, to pass as `known` where only SyncSettings is read."""
 
-_OPTIONS = {info.option: info.name for info in describe(Settings) if info.option is not None}
-_FIELDS = frozenset(info.name for info in describe(Settings))
-_SPELLINGS = {option.lower(): option for option in _OPTIONS}
-"""What is meant by the part of OPTION_<NAME> that follows, in lower case."""
+_DJL = DjlOptions(describe(Settings))
 
 
 def read_settings(
@@ -569,24 +526,19 @@ def read_settings(
     `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
     """
-    mistakes: list[str] = []
-    strangers: list[str] = []
-    options = {
-        **_from_environment(environ, strangers),
-        **_from_properties(properties, mistakes, strangers),
-    }
-    reading = reader.gather(Settings, environ=environ, flags=flags, options=options, known=known)
+    found = _DJL.read(environ, properties)
+    reading = reader.gather(Settings, environ=environ, flags=flags, options=found.options, known=known)
     if reading.values["model"] is None:
         reading.values["model"] = reading.values["model_id"]
     settings = Settings(**reading.values)
     said = {name for name in together if getattr(settings, name) not in {None, ()}} | reading.refused
     needed = [*required, *(() if said.isdisjoint(together) else together)]
-    mistakes += settings.require(*(name for name in needed if name not in reading.refused))
+    mistakes = found.mistakes + settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
     if settings.may_have_handler:
-        mistakes += _refuse_other_calls(handler_options(environ, properties))
+        mistakes += refuse_other_calls(handler_options(environ, properties))
     else:
-        mistakes += strangers
+        mistakes += found.strangers
     if mistakes:
         raise SettingsError(mistakes)
     return settings
@@ -594,15 +546,7 @@ def read_settings(
 
 def handler_options(environ: Mapping[str, str], properties: str | None = None) -> dict[str, str]:
     """Every option that was given, known or not, by its name: what a custom handler is told at first."""
-    said = {
-        _SPELLINGS.get(name.lower(), name.lower()): value
-        for variable, value in sorted(environ.items())
-        if variable.isupper() and (name := variable.removeprefix("OPTION_")) != variable
-    }
-    for key, value in _parse(properties, []).items():
-        if key.startswith("option."):
-            said[key.removeprefix("option.")] = value
-    return {name: value.strip() for name, value in said.items() if value.strip()}
+    return _DJL.said(environ, properties)
 
 
 def notes(
@@ -611,8 +555,8 @@ def notes(
     """What was said and has no effect, and what may surprise, for the log at start."""
     said = [
         f"{key} in serving.properties sizes DJL Serving's workers and has no effect here"
-        for key in _parse(properties, [])
-        if _is_ignored(key) and key != "engine" and not (settings.custom_code and key in _BATCH_KEYS)
+        for key in ignored_keys(properties)
+        if not (settings.custom_code and key in BATCH_KEYS)
     ]
     if settings.entry_point is not None and settings.own_entry_point is None:
         said.append(
@@ -632,78 +576,6 @@ def notes(
     if not settings.lora_enabled and settings.adapters_dir is not None:
         said.append(f"enable_lora is false: the adapters in {settings.adapters_dir} are not served")
     return said
-
-
-def _from_environment(environ: Mapping[str, str], strangers: list[str]) -> dict[str, Said]:
-    """What options in variables say, by field; what is wrong with the others goes to `strangers`."""
-    options = {
-        field: Said(name, environ[name])
-        for name, field in DJL_VARIABLES.items()
-        if environ.get(name, "").strip()
-    }
-    for name, value in sorted(environ.items()):
-        if not name.startswith("OPTION_") or not value.strip():
-            continue
-        said = name.removeprefix("OPTION_").lower()
-        option = _SPELLINGS.get(said, said) if name.isupper() else ""
-        if option in _OPTIONS:
-            options[_OPTIONS[option]] = Said(name, value)
-        else:
-            known = [f"OPTION_{option.upper()}" for option in _OPTIONS]
-            strangers += _strange(name, option, value, "unknown option (environment)", known)
-    return options
-
-
-def _from_properties(text: str | None, mistakes: list[str], strangers: list[str]) -> dict[str, Said]:
-    """What it says, by field; unknown options go to `strangers`, other unknown keys to `mistakes`."""
-    options = {}
-    for key, value in _parse(text, mistakes).items():
-        is_option = key.startswith("option.")
-        option = key.removeprefix("option.") if is_option else ""
-        field = "batch_size" if key in _BATCH_KEYS else _OPTIONS.get(option)
-        if field is not None and value.strip():
-            options[field] = Said(f"{key} in serving.properties", value)
-        elif field is None and value.strip() and not _is_ignored(key):
-            known = [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS]
-            wrong = _strange(key, option, value, "unknown key (serving.properties)", known)
-            (strangers if is_option else mistakes).extend(wrong)
-    return options
-
-
-def _strange(key: str, option: str, value: str, what: str, known: Collection[str]) -> list[str]:
-    """What is wrong with an option that is no setting, if anything is."""
-    harmless = AS_IT_IS.get(option, ())
-    if value.strip().lower() in harmless:
-        return []
-    if harmless:
-        return [
-            f"{key}: {value!r} is not what is done here; it must be {' or '.join(harmless)}, or left unset"
-        ]
-    env = f"LORAMILL_{option.upper()}" if option in _FIELDS else _INSTEAD.get(option)
-    if env is not None:
-        return [f"{key}: {what}; what there is instead is {env}"]
-    return [f"{key}: {what}; the nearest known one is {nearest(key, known)}"]
-
-
-def _refuse_other_calls(options: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name}: {options[name]!r} (an option of the handler) asks for calls that custom handlers do not "
-        f"get here; it must be {' or '.join(harmless)}, or left unset"
-        for name, harmless in _WHOLE_CALLS_ONLY.items()
-        if options.get(name, harmless[0]).lower() not in harmless
-    ]
-
-
-def _is_ignored(key: str) -> bool:
-    return re.sub(r"^(?!option\.)[a-z]+\.", "", key) in IGNORED_KEYS
-
-
-def _parse(text: str | None, mistakes: list[str]) -> dict[str, str]:
-    try:
-        return dict(javaproperties.loads(text or ""))
-    except ValueError as error:
-        mistakes.append(f"serving.properties: not a Java properties file: {error}")
-        return {}
 
 
 def _cross_checks(settings: Settings, reading: Reading) -> list[str]:

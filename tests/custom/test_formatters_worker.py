@@ -101,6 +101,8 @@ def test_calls_and_rows_go_through_the_documented_examples(serve, mill, base, fo
             assert said[1]["generated_text"] == f"[ADAPTER] {own}"
             assert said[1]["custom_metrics"]["text_length"] == len(own)
             assert said[1]["details"]["inputs"] == "[ADAPTER_PREFIX] hello"
+        streamed = ask(worker, {**body, "adapters": "my_adapter", "stream": True})[1]
+        assert {**streamed, "details": {}} == {**said[1], "details": {}}  # one line
         mixed = {"inputs": ["hello"] * 3, "adapters": ["my_adapter", "bare", ""], "parameters": SHORT}
         status, said = ask(worker, mixed)
         expected = [f"[ADAPTER] {own}", f"[BASE] {bare}", f"[BASE] {without}"]

@@ -120,7 +120,7 @@ def test_a_client_that_goes_away_leaves_its_place(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_client_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.http.handler_api._WRITE_SECONDS", 0.2)
+    monkeypatch.setattr("worker.http.streaming._WRITE_SECONDS", 0.2)
 
     async def play():
         async with served() as (client, _):

@@ -124,7 +124,12 @@ def _formatted_line(result: RowResult, response: dict[str, Any]) -> ResultLine:
 
 
 def response_of(result: RowResult) -> dict[str, Any]:
-    """What a row that did not fail is answered over HTTP: `{"generated_text", "details"?}`, or scores."""
+    """What a row that did not fail is answered over HTTP: `{"generated_text", "details"?}`, or scores.
+
+    Or what an output formatter made of it.
+    """
+    if result.response is not None:
+        return result.response
     line = result_line(result)
     said: dict[str, Any]
     if isinstance(line, ScoreLine):
