@@ -8,13 +8,14 @@ import torch
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
 from worker.engine.base_model import BaseModel, load_base_model
+from worker.engine.cache_size import CacheShape
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.jobs import AdapterKey, Completion, InferenceRequest
 

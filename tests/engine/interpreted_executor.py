@@ -15,11 +15,11 @@ from tests import parity, tiny
 from tests.engine.harness import Harness
 from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_kernels, merging
+from worker.engine.cache_size import CacheShape
 from worker.engine.graphs import DecodeGraphs
 from worker.engine.kernels.tilings import Fit, Tuner, Work, default_tiling
 from worker.engine.lora_ops import add_stack
 from worker.engine.merging import LoRAMode
-from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
 NEW = 4

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from worker.engine.attention import PackedAttention
 from worker.engine.base_model import load_base_model, resolve_device, resolve_dtype
+from worker.engine.cache_size import CacheShape
 from worker.engine.limits import EngineLimits
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from tests.engine.harness import Harness
 from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_layers
 from worker.engine.adapter import Change, LoRAPair, LoRAWeights, Vocabulary
+from worker.engine.cache_size import CacheShape
 from worker.engine.kv_cache import Leftover
 from worker.engine.lora_plan import Way
-from worker.engine.model_runner import CacheShape
 from worker.errors import EngineFailed, ModelError
 from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams
 

@@ -13,7 +13,8 @@ import torch
 from tests import tiny
 from tests.engine.harness import Harness
 from tests.engine.test_parallel import assert_as_peft, mixed, prompts, request, tokens
-from worker.engine.parallel import orders
+from worker.engine.parallel import build, orders
+from worker.engine.parallel import start as start_module
 from worker.engine.parallel.start import start
 from worker.errors import EngineFailed, ModelError
 
@@ -54,6 +55,15 @@ def children():
     return [
         child for child in psutil.Process().children() if "parallel.follower" in " ".join(child.cmdline())
     ]
+
+
+def test_nobody_waits_for_what_rank_0_asks_the_whole_model(llama, monkeypatch):
+    events = []
+    for module, name in ((build, "expect"), (start_module.Followers, "tell")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, own=own, name=name: (events.append(name), own(*a))[1])
+    ProcessHarness(llama).runner.close()
+    assert events[:2] == ["expect", "tell"]
 
 
 def test_processes_say_what_peft_says_and_a_dead_one_ends_the_engine(kind):

@@ -3,15 +3,17 @@
 import torch
 
 from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
+from worker.engine.cache_size import CacheShape
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_plan import Costs
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.engine.pages import give_back_freed
 from worker.engine.parallel.cuts import Rank, plan_cuts
 from worker.engine.parallel.orders import Setup
 from worker.engine.parallel.share import Share
 from worker.engine.products import product_dtype
+from worker.engine.proof import Expected, expect
 from worker.errors import ModelError
 
 
@@ -39,10 +41,10 @@ def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_c
         plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
 
 
-def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share]:
-    """The model on the host, of which all ranks but the first have taken their share. Raises ModelError.
+def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share, Expected | None]:
+    """A rank's share of the model, on its device. Raises ModelError.
 
-    Rank 0 needs the whole once more, to know what the shares must compute together.
+    Rank 0 asks the whole first what the shares must compute together; nobody may wait for it meanwhile.
     """
     share = Share(rank, fully_sharded=setup.fully_sharded)
     base = load_base_model(
@@ -54,10 +56,11 @@ def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share]:
         degree=setup.degree,
         rope_factors=setup.rope_factors,
     )
-    if rank.number:
-        share.take(base.model)
-        give_back_freed()
-    return base, share
+    expected = None if rank.number else expect(base)
+    share.take(base.model)
+    base.model.to(base.device)  # type: ignore[arg-type]
+    give_back_freed()
+    return base, share, expected
 
 
 def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
@@ -69,7 +72,13 @@ def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
 
 
 def build_runner(
-    setup: Setup, base: BaseModel, share: Share, tuner: Tuner | None, costs: Costs | None
+    setup: Setup,
+    base: BaseModel,
+    share: Share,
+    *,
+    tuner: Tuner | None,
+    costs: Costs | None,
+    expected: Expected | None = None,
 ) -> ModelRunner:
     """The runner of a rank that has met the others, which all build at once. Raises ModelError."""
     limits = EngineLimits(
@@ -90,4 +99,5 @@ def build_runner(
         tuner=tuner,
         kernels=setup.kernels,
         share=share,
+        expected=expected,
     )

@@ -30,9 +30,7 @@ class Share:
         """Of their parameters."""
 
     def take(self, model: PreTrainedModel) -> None:
-        """Leave a whole `model` its parts, unless that was done. Raises ModelError if it cannot be shared."""
-        if self._cuts:
-            return
+        """Leave a whole `model` its parts. Raises ModelError if it cannot be shared."""
         modules = dict(model.named_modules())
         self._cuts = plan_cuts(model, self.rank.degree)
         for name, cut in self._cuts.items():

@@ -103,8 +103,8 @@ class _Ranks(Processes):
             begin = orders.Begin(setup, rank, self._each, str(self._place))
             followers.send(rank, orders.encode(begin))
             _expect([followers.answer(rank, setup.load_seconds)], orders.Loaded, rank)
+        base, share, expected = load(setup, own := Rank(0, setup.degree))
         torch.set_num_threads(self._each)
-        base, share = load(setup, own := Rank(0, setup.degree))
         costs = None if measure is None else measure(lora_dtype_of(setup, base))
         followers.tell(orders.Meet(costs))
         self.met = True
@@ -112,7 +112,8 @@ class _Ranks(Processes):
         for rank, process in enumerate(self._processes, start=1):
             name = f"rank-{rank}"
             threading.Thread(target=self._watch, args=(rank, process), name=name, daemon=True).start()
-        runner = build_runner(setup, base, share, LeadingTuner(tuner, followers), costs)
+        leading = LeadingTuner(tuner, followers)
+        runner = build_runner(setup, base, share, tuner=leading, costs=costs, expected=expected)
         _expect(followers.answers(setup.step_seconds), orders.Done)
         runner.lead(
             lambda own: LeadingExecutor(
