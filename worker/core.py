@@ -20,6 +20,7 @@ from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
+from worker.engine.proof import expect
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,14 @@ def _build_alone(settings: Settings, weights: str, device: torch.device) -> tupl
     )
     costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
     tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
+    runner = ModelRunner(
+        base,
+        limits,
+        memory_share=settings.memory_share,
+        costs=costs,
+        tuner=tuner,
+        expected=expect(base, adapters=settings.lora_enabled),
+    )
     return base, runner
 
 
@@ -139,6 +147,7 @@ def _build_with_others(
         fully_sharded=settings.fully_sharded_loras,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        adapters=settings.lora_enabled,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=settings.lora_dtype,

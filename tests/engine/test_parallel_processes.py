@@ -32,6 +32,7 @@ def setup(base, **changes):
         "fully_sharded": True,
         "max_num_seqs": 6,
         "max_num_batched_tokens": 24,
+        "adapters": True,
         "max_loras": 3,
         "max_lora_rank": 64,
         "lora_dtype": "auto",

@@ -45,7 +45,7 @@ def change_linear(
     the weights themselves need not be kept. The factor goes into B.
     """
     columns = projection.columns[number]
-    device = projection.row_norms.device
+    device = projection.device
     bias = _moved(change.parameters.get("bias"), device)
     own_bias = None if projection.bias is None else projection.bias[columns].float()
     weight = _moved(change.parameters.get("weight"), device)
@@ -91,7 +91,7 @@ class ChangedHead(NamedTuple):
 
 def change_head(projection: Projection, width: int, change: Change) -> ChangedHead:
     """The head, changed; `projection` has it alone."""
-    device = projection.row_norms.device
+    device = projection.device
     own_bias = None if projection.bias is None else _widened(projection.bias.float(), width)
     rows = None if change.rows is None else Rows(*(one.to(device) for one in change.rows))
     pair = None if change.pair is None else LoRAPair(*(one.to(device) for one in change.pair))

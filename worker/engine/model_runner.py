@@ -93,7 +93,8 @@ class ModelRunner:
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
         what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
         do, and `tuner` fits those of LoRA to the device. With a `share` the model is cut down to it already;
-        all ranks construct theirs at the same time, and alike, but that only rank 0 has what was `expected`.
+        all ranks construct theirs at the same time, and alike, but that only rank 0 has what was
+        `expected`, which may be left out without a share.
         """
         self._base = base
         self._model = base.model
@@ -108,7 +109,8 @@ class ModelRunner:
         self._probe = Probe(base)
         self.vocab_size = self._probe.vocab_size
         """Token ids from this on are unknown to the model."""
-        expected = expect(base) if share is None else expected
+        if share is None and expected is None:
+            expected = expect(base)
         if expected is not None:
             self.num_logits = expected.num_logits
             """Token ids from this on are never generated."""

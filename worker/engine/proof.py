@@ -46,7 +46,7 @@ class Expected(NamedTuple):
     logits: dict[float, torch.Tensor]
     """Of the probe, float32 [2, length, vocabulary], by each factor that positions may be scaled with."""
     base_rows: dict[str, torch.Tensor]
-    """Of the weights that have a row for each token, by module; see `fingerprints`."""
+    """Of the weights that have a row for each token, by module; see `fingerprints`. For adapters alone."""
 
     @property
     def num_logits(self) -> int:
@@ -55,8 +55,11 @@ class Expected(NamedTuple):
 
 
 @torch.inference_mode()
-def expect(base: BaseModel) -> Expected:
-    """Ask a whole model, which takes a pass for each factor. Raises ModelError if it cannot be served."""
+def expect(base: BaseModel, *, adapters: bool = True) -> Expected:
+    """Ask a whole model, which takes a pass for each factor; `adapters` is whether it may have any.
+
+    Raises ModelError if it cannot be served.
+    """
     model, factors = base.model, base.rope.factors
     if factors:
         check_scalable(model.config.get_text_config(), type(model).__name__)
@@ -66,7 +69,7 @@ def expect(base: BaseModel) -> Expected:
         for factor in (1.0, *factors):
             with nullcontext() if factor == 1.0 else scaled(model, factor):
                 found[factor] = model(input_ids=prompts, use_cache=False).logits.float()
-    return Expected(found, _fingerprints(model))
+    return Expected(found, _fingerprints(model) if adapters else {})
 
 
 def check_packed(

@@ -56,7 +56,7 @@ def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share, Expected | None]:
         degree=setup.degree,
         rope_factors=setup.rope_factors,
     )
-    expected = None if rank.number else expect(base)
+    expected = None if rank.number else expect(base, adapters=setup.adapters)
     share.take(base.model)
     base.model.to(base.device)  # type: ignore[arg-type]
     give_back_freed()

@@ -28,6 +28,8 @@ class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     fully_sharded: bool
     max_num_seqs: int
     max_num_batched_tokens: int
+    adapters: bool
+    """Whether there may be any."""
     max_loras: int
     max_lora_rank: int
     lora_dtype: str
