@@ -62,7 +62,9 @@ def test_nobody_waits_for_what_rank_0_asks_the_whole_model(llama, monkeypatch):
     events = []
     for module, name in ((build, "expect"), (start_module.Followers, "tell")):
         own = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, own=own, name=name: (events.append(name), own(*a))[1])
+        monkeypatch.setattr(
+            module, name, lambda *a, own=own, name=name, **k: (events.append(name), own(*a, **k))[1]
+        )
     ProcessHarness(llama).runner.close()
     assert events[:2] == ["expect", "tell"]
 
