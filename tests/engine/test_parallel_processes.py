@@ -13,9 +13,10 @@ import torch
 from tests import tiny
 from tests.engine.harness import Harness
 from tests.engine.test_parallel import assert_as_peft, mixed, prompts, request, tokens
-from worker.engine.parallel import build, orders
+from worker.engine.parallel import build
 from worker.engine.parallel import start as start_module
 from worker.engine.parallel.start import start
+from worker.engine.setup import Setup
 from worker.errors import EngineFailed, ModelError
 
 BOUND_SECONDS = 60.0
@@ -38,7 +39,7 @@ def setup(base, **changes):
         "lora_dtype": "auto",
         "settle_seconds": 2.0,
     }
-    return orders.Setup(**{**given, **changes})
+    return Setup(**{**given, **changes})
 
 
 class ProcessHarness(Harness):

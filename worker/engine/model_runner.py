@@ -98,10 +98,9 @@ class ModelRunner:
         """
         self._base = base
         self._model = base.model
-        self._limits = limits
+        self.limits = limits
         self._share = share
-        if share is not None and limits.lora_mode is not LoRAMode.UNMERGED:
-            raise ModelError(f"lora_mode is {limits.lora_mode}, and a model that is shared cannot be merged")
+        assert share is None or limits.lora_mode is LoRAMode.UNMERGED, "settings are checked"
         self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
         self._merging = Merging(limits.lora_mode)
@@ -127,7 +126,7 @@ class ModelRunner:
         costs: Costs | None,
         tuner: Tuner | None,
     ) -> None:
-        base, model, limits, attention = self._base, self._model, self._limits, self._attention
+        base, model, limits, attention = self._base, self._model, self.limits, self._attention
         model.set_attn_implementation(attention.name)
         found = self._discover(self._probe)
         self.targets: dict[str, Target] = self._checked(found, expected)
@@ -181,11 +180,6 @@ class ModelRunner:
         self._executor.put(slot, weights)
         if weights.key == self._merging.merged:
             self._executor.merged_slot = slot
-
-    @property
-    def lora_extra_vocab_size(self) -> int:
-        """Tokens that an adapter may bring at most."""
-        return self._limits.lora_extra_vocab_size
 
     @torch.inference_mode()
     def merge_for(self, rows: Iterable[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
@@ -393,7 +387,7 @@ class ModelRunner:
         blocks, size = self.cache_shape
         device = self._base.device
         if not self._kernels:
-            lora = LoRALayers(projections, self._limits.max_loras, costs or Costs())
+            lora = LoRALayers(projections, self.limits.max_loras, costs or Costs())
             return HostExecutor(*parts, lora, device, changes=changes, block_size=size)
         # Not before they are wanted: a machine without a GPU need not have Triton.
         from worker.engine.graphs import CudaCapture  # noqa: PLC0415
@@ -402,13 +396,13 @@ class ModelRunner:
 
         return KernelExecutor(
             *parts,
-            KernelLoRALayers(projections, device, self._limits, self._base.dtype, tuner),
+            KernelLoRALayers(projections, device, self.limits, self._base.dtype, tuner),
             device,
             changes=changes,
             num_blocks=blocks,
             block_size=size,
             max_blocks=-(-self._base.max_model_len // size),
-            max_num_seqs=self._limits.max_num_seqs,
+            max_num_seqs=self.limits.max_num_seqs,
             # Collectives in a captured graph have not been tried.
             capture=CudaCapture(device) if device.type == "cuda" and self._share is None else None,
         )
