@@ -64,8 +64,6 @@ class Executor(abc.ABC):
     ) -> None:
         self.lora = lora
         self.changes = changes
-        self._pairless: set[int] = set()
-        """Slots of adapters that LoRA adds nothing of."""
         self._model = model
         self._attention = attention
         self._projections = projections
@@ -79,12 +77,8 @@ class Executor(abc.ABC):
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
-        self._pairless.discard(slot)
         weights = self.changes.put(slot, weights)
-        if weights.pairs:
-            self.lora.put(slot, weights)
-        else:
-            self._pairless.add(slot)
+        self.lora.put(slot, weights)
         if self.rope_factors is not None:
             self.rope_factors[slot] = weights.rope_factor
 
@@ -94,17 +88,14 @@ class Executor(abc.ABC):
             range(len(rows)),
             key=lambda number: (
                 len(rows[number].tokens) == 1,
-                self.lora.place(self._lora_slot(rows[number])),
+                self.lora.place(rows[number].slot),
                 -1 if rows[number].slot is None else rows[number].slot,
                 rows[number].blocks[0],
             ),
         )
 
-    def _lora_slot(self, row: PackedRow) -> int | None:
-        return None if row.slot in self._pairless else row.slot
-
     def _plan_lora(self, rows: Sequence[PackedRow]) -> Any:
-        return self.lora.plan([(self._lora_slot(row), len(row.tokens)) for row in rows])
+        return self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
 
     def _plan_changes(self, rows: Sequence[PackedRow]) -> ChangeStep | None:
         return self.changes.plan([(row.slot, len(row.tokens), row.keep) for row in rows])
