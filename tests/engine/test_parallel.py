@@ -166,7 +166,7 @@ def test_each_rank_keeps_its_part_of_cache_weights_and_adapters(fully, llama, ad
     one.run([request("x", [1, 2, 3], one.adapter(adapters[2]))])
     with ParallelHarness(llama, fully_sharded=fully, max_loras=2, cache_shape=CacheShape(4, 160)) as harness:
         harness.run([request("x", [1, 2, 3], harness.adapter(adapters[2]))])
-        whole, *parts = (own.executor.lora for own in (one.runner, *harness.runners[1:], harness.runners[1]))
+        whole, *parts = (own._local.lora for own in (one.runner, *harness.runners[1:], harness.runners[1]))
     assert [own.cache_bytes * 2 for own in harness.runners] == [one.runner.cache_bytes] * 2
     sizes = [sum(table._memory[0].nbytes for _, table in lora._tables.values()) for lora in (whole, *parts)]
     share = max(sizes[1:]) / sizes[0]
@@ -236,7 +236,7 @@ def test_an_adapter_that_one_rank_cannot_put_fails_its_own_rows(rank, harness, a
     keys = [harness.adapter(adapters[0]), harness.adapter(adapters[1])]
     rows = mixed([None, *keys], prompts(2))
     expected = tokens(harness.run(rows))
-    lora = harness.runners[rank].executor.lora
+    lora = harness.runners[rank]._local.lora
     before = lora.put
     with monkeypatch.context() as patch:
 

@@ -13,7 +13,7 @@ from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel
 from worker.engine.cache_size import CacheShape, choose_cache_shape
 from worker.engine.discovery import Discovery, discover
-from worker.engine.executor import Executor, HostExecutor, PackedRow
+from worker.engine.executor import Executor, HostExecutor, LocalExecutor, PackedRow
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
@@ -141,7 +141,8 @@ class ModelRunner:
         )
         blocks, size = self.cache_shape
         attention.allocate(blocks + self._kernels, size, base.device)
-        executor = self._executor = self._make_executor(projections, changes, costs, tuner)
+        executor = self._local = self._make_executor(projections, changes, costs, tuner)
+        self._executor: Executor = executor
         for factor in (1.0, *base.rope.factors):
             if base.rope.factors:  # before the first step: what graphs are given depends on it
                 executor.rope_factors = {None: factor}
@@ -175,11 +176,9 @@ class ModelRunner:
     @torch.inference_mode()
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
-        if slot == self._executor.merged_slot:
-            self._executor.merged_slot = None
         self._executor.put(slot, weights)
         if weights.key == self._merging.merged:
-            self._executor.merged_slot = slot
+            self._local.merged_slot = slot
 
     @torch.inference_mode()
     def merge_for(self, rows: Iterable[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
@@ -199,10 +198,10 @@ class ModelRunner:
             return False
         if self._merging.wants(only) and not weights(only).changes:
             self._merge(slot, weights(only))
-        return slot == self._executor.merged_slot
+        return slot == self._local.merged_slot
 
     def _merge(self, slot: int | None, weights: LoRAWeights) -> None:
-        executor, started = self._executor, time.perf_counter()
+        executor, started = self._local, time.perf_counter()
         executor.merged_slot = None
         executor.merges += 1
         try:
@@ -312,7 +311,8 @@ class ModelRunner:
 
     def _width(self, sequence: Sequence) -> int:
         """How many logits a row has."""
-        return self._executor.changes.width(sequence.slot) or self.num_logits
+        own = self._executor.width(sequence.slot)
+        return self.num_logits if own is None else own
 
     def _score(self, rows: list[ScheduledRow], logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
         """What rows want to know of tokens that they have, and the logits to sample from."""
@@ -382,7 +382,7 @@ class ModelRunner:
         changes: ModuleChanges,
         costs: Costs | None,
         tuner: Tuner | None,
-    ) -> Executor:
+    ) -> LocalExecutor:
         parts = self._model, self._attention, list(projections.values())
         blocks, size = self.cache_shape
         device = self._base.device

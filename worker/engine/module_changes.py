@@ -128,10 +128,10 @@ class ModuleChanges:
                 by_slot.pop(slot, None)
         self._install()
 
-    def width(self, slot: int | None) -> int:
-        """How many logits the tokens of a slot have; 0 for those that have as many as the base model's."""
-        width = 0 if slot is None else self._widths.get(slot, 0)
-        return width if width != self._num_logits else 0
+    def width(self, slot: int | None) -> int | None:
+        """How many logits the tokens of a slot have; None for as many as the base model's."""
+        width = None if slot is None else self._widths.get(slot)
+        return width if width != self._num_logits else None
 
     def plan(self, spans: Sequence[tuple[int | None, int, int]]) -> ChangeStep | None:
         """The step for rows of `(slot, tokens, tokens that give logits)`; None if no adapter changes any."""
@@ -144,7 +144,9 @@ class ModuleChanges:
         return ChangeStep(
             tokens=merge_runs((slot, tokens) for slot, tokens, _ in own),
             kept=[run for run in keeping if run[1] < run[2]],
-            num_extra=max(max(0, self.width(slot) - self._num_logits) for slot, *_ in own),
+            num_extra=max(
+                0, *(self._widths[slot] - self._num_logits for slot, *_ in own if slot is not None)
+            ),
         )
 
     def _find_gains(self, weights: LoRAWeights) -> None:

@@ -84,14 +84,16 @@ class LeadingExecutor(Executor):
         settle_seconds: float,
     ) -> None:
         """Wait so long for what the others have to answer, and for them to agree that a step has failed."""
-        self.lora, self.changes = own.lora, own.changes
-        self.merged_slot = None  # what ranks have parts of is never merged
         self._own = own
         self._share = share
         self._followers = followers
         self._processes = processes
         self._step_seconds = step_seconds
         self._settle_seconds = settle_seconds
+
+    def width(self, slot: int | None) -> int | None:
+        """See Executor."""
+        return self._own.width(slot)
 
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """See Executor."""
