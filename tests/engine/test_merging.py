@@ -46,7 +46,6 @@ def test_auto_merges_what_has_run_alone_for_ten_times_the_price():
     decision.see(ONE, 1.0)
     assert decision.wants(ONE)
     assert not decision.wants(TWO)
-    assert not decision.wants(None)
 
 
 @pytest.mark.parametrize("other", [None, TWO])

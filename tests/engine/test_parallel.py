@@ -265,11 +265,11 @@ def test_an_adapter_with_more_than_pairs_is_not_shared(harness, llama):
         rope_factor: float = 2.0
 
     key, share = AdapterKey("a", "1"), harness.shares[0]
-    with pytest.raises(ValueError, match="with shifts cannot be shared"):
+    with pytest.raises(AssertionError, match="shifts"):
         share.weights(More(key, {}, {"x": torch.ones(1)}), share.rank)
     assert share.weights(More(key, {}, {}), share.rank) == LoRAWeights(key, {}, rope_factor=2.0)
     for own in ({"changes": {"model.norm": Change()}}, {"vocabulary": Vocabulary(280, 280)}):
-        with pytest.raises(ValueError, match=f"with {next(iter(own))} cannot be shared"):
+        with pytest.raises(AssertionError, match=next(iter(own))):
             share.weights(LoRAWeights(key, {}, **own), share.rank)
 
 

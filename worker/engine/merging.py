@@ -51,9 +51,9 @@ class Merging:
             self._only, self._stretch_seconds = only, 0.0
         self._stretch_seconds += seconds
 
-    def wants(self, only: AdapterKey | None) -> bool:
+    def wants(self, only: AdapterKey) -> bool:
         """Whether `only`, the adapter of all rows of the next step, should be merged before it."""
-        if only is None or only == self.merged or self.is_off:
+        if only == self.merged or self.is_off:
             return False
         if self._mode is LoRAMode.MERGED and not self._began:
             return True
