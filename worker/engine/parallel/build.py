@@ -33,8 +33,7 @@ def device_of(name: str, degree: int, rank: int) -> torch.device:
 
 def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_code: bool) -> None:
     """Raise ModelError if the devices are not there, or the model in folder `weights` cannot be divided."""
-    for rank in range(degree):
-        device_of(name, degree, rank)
+    device_of(name, degree, 0)  # which looks for all of them
     if weights is not None:
         plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
 
