@@ -59,7 +59,7 @@ def test_a_step_of_others_begins_the_stretch_anew(other):
 
 def test_after_a_failure_nothing_is_merged_any_more():
     decision = Merging(LoRAMode.MERGED)
-    decision.failed(ONE)
+    decision.failed(ONE, MemoryError())
     decision.see(ONE, 1e9)
     assert decision.merged is None
     assert not decision.wants(ONE)

@@ -64,7 +64,7 @@ class Merging:
         self.merged, self._began, self._cost_seconds = key, True, seconds
         logger.info("adapter merged", extra={"adapter": key.name, "seconds": round(seconds, 3)})
 
-    def failed(self, key: AdapterKey) -> None:
+    def failed(self, key: AdapterKey, error: Exception) -> None:
         """There is no memory for it, say: go on unmerged, for good."""
         self.merged, self._mode = None, LoRAMode.UNMERGED
-        logger.error("adapter %s could not be merged; from now on none is", key.name)
+        logger.error("adapter %s could not be merged; from now on none is", key.name, exc_info=error)

@@ -207,11 +207,10 @@ class ModelRunner:
         try:
             for names, projection in self._projections.items():
                 projection.merge([weights.pairs.get(name) for name in names])
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as exc:
             for projection in self._projections.values():
                 projection.merge([])
-            logger.warning("merging failed", exc_info=True)
-            self._merging.failed(weights.key)
+            self._merging.failed(weights.key, exc)
             return
         executor.merged_slot = slot
         self._merging.done(weights.key, time.perf_counter() - started)

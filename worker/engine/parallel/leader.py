@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -187,7 +187,7 @@ def first_failure(followers: Followers, timeout_seconds: float) -> str | None:
     """What one of them has told of its failure, if it has; otherwise None, perhaps after so long for each."""
     for rank in followers.ranks:
         try:
-            answer: Any = followers.answer(rank, timeout_seconds)
+            answer = followers.answer(rank, timeout_seconds)
         except EngineFailed:
             continue
         if isinstance(answer, orders.Failed):
