@@ -49,11 +49,15 @@ class Share:
         return whole
 
     def divide(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules with one input in groups that are cut alike; a cut that the model does not see is alone."""
+        """Modules with one input in groups that are cut alike.
+
+        A cut that the model does not see is alone, and so is an IN, whose LoRA goes by its own out.
+        """
         groups: dict[object, list[str]] = {}
         for name in names:
             cut = self._cuts.get(name)
-            groups.setdefault(name if cut is not None and cut.inside else cut, []).append(name)
+            is_alone = cut is not None and (cut.inside or cut.side is Side.IN)
+            groups.setdefault(name if is_alone else cut, []).append(name)
         return [tuple(group) for group in groups.values()]
 
     def exchange(self, names: Sequence[str]) -> Exchange | None:
