@@ -193,6 +193,9 @@ def test_prompts_and_parameters_may_name_an_adapters_own_tokens_only_with_it(mad
             harness.engine.add(request("row", (1,), adapter, allowed_token_ids=(FIRST_NEW,)))
     with pytest.raises(InvalidParameters, match=f"{FIRST_NEW + 6}, adapter {key.name} knows {ROWS + 6}"):
         harness.engine.add(request("row", (1, FIRST_NEW + 6), key))
+    least = harness.runner.vocab_size + harness.runner.limits.lora_extra_vocab_size
+    with pytest.raises(InvalidParameters, match=f"all that adapter {key.name} may add knows {least} tokens"):
+        harness.engine.check(request("row", (1, least), key))
     assert not harness.engine.has_work
 
 

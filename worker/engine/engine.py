@@ -124,13 +124,17 @@ class Engine:
         limit = self.max_len(request.adapter) if certain else self.max_model_len
         if request.fills:
             request = _filled(request, limit)
-        self._check(request, known, self._eos, limit)
+        whose = "the base model"
+        if request.adapter is not None:
+            whose += f" with all that adapter {request.adapter.name} may add"
+        self._check(request, known, self._eos, limit, whose)
 
-    def _check(self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int) -> None:
-        """Raise the RowError for a row of an adapter (or the base model) that knows these tokens."""
+    def _check(
+        self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int, whose: str
+    ) -> None:
+        """Raise the RowError for a row of a model, `whose` in messages, that knows these tokens."""
         if not request.prompt:
             raise InvalidParameters("The prompt has no tokens")
-        whose = "the base model" if request.adapter is None else f"adapter {request.adapter.name}"
         if max(request.prompt) >= known.reads:
             message = f"The prompt has token {max(request.prompt)}, {whose} knows {known.reads} tokens"
             raise InvalidParameters(message)
@@ -170,7 +174,7 @@ class Engine:
             weights = self._weights(request.adapter)
             endings = weights.eos_token_ids
             known = weights.vocabulary or Vocabulary(self._runner.vocab_size, self._runner.num_logits)
-            self._check(request, known, self._eos | endings, limit)
+            self._check(request, known, self._eos | endings, limit, f"adapter {request.adapter.name}")
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is in flight already")
         sequence = self._sequences[request.id] = Sequence(request, endings)

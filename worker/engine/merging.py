@@ -46,7 +46,10 @@ class Merging:
         return self._mode is LoRAMode.UNMERGED
 
     def see(self, only: AdapterKey | None, seconds: float) -> None:
-        """Count a step that took so long; `only` is the adapter that all of its rows have, or None."""
+        """Count the last step, of so many seconds; `only` is the adapter of all rows of the next, or None.
+
+        So a stretch begins with the step before it, and its own last step is not counted.
+        """
         if only != self._only or only is None:
             self._only, self._stretch_seconds = only, 0.0
         self._stretch_seconds += seconds
