@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import parity, tiny
 from tests.glue.support import make_job, make_runner, run_rows
@@ -175,6 +175,19 @@ def test_a_regular_expression_that_the_base_has_not_is_refused_at_load(core, bas
     assert lines[2]["error"] is None
     with pytest.raises(AdapterInvalid, match="regular expression"):
         core.tokenizers.read(tmp_path / "slow")
+
+
+def test_a_regular_expression_that_is_refused_is_never_run(base, tmp_path, monkeypatch):
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+
+    folder, own = write_with(tmp_path / "slow", base, change), Tokenizer(tiny.tokenizer())
+    monkeypatch.setattr(PreTrainedTokenizerFast, "encode", lambda *_, **__: pytest.fail("run"))
+    tokenizers, key = AdapterTokenizers(own), AdapterKey("slow", "1")
+    for _ in range(2):
+        with pytest.raises(AdapterInvalid, match=r"Adapter slow is invalid: .* regular expression"):
+            tokenizers.of(key, folder)
+        folder = tmp_path / "not looked at again"
 
 
 def test_regular_expressions_of_the_base_are_allowed(base, tmp_path):
