@@ -21,8 +21,9 @@ PACKAGES = ("worker", "adapters_sync")
 
 FLOORS = [
     {
-        "worker.child", "worker.errors", "worker.jobs", "worker.settings", "worker.wire",
-        "worker.adapters.registrations",
+        "worker.child", "worker.djl_options", "worker.errors", "worker.jobs", "worker.settings",
+        "worker.wire",
+        "worker.adapters.places", "worker.adapters.registrations",
         "worker.workflows.definition",
         "adapters_sync.base_model", "adapters_sync.errors", "adapters_sync.events", "adapters_sync.folder",
         "adapters_sync.header", "adapters_sync.hold", "adapters_sync.layout", "adapters_sync.logs",

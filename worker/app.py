@@ -2,27 +2,27 @@
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
 from worker.delivery.intake import Intake
-from worker.errors import InvalidWorkflow
 from worker.http.adapters_api import AdaptersApi
 from worker.http.inference_api import HttpLimits, InferenceApi
 from worker.http.server import Apis, serving
-from worker.http.workflows_api import Fetch, WorkflowsApi
+from worker.http.workflows_api import WorkflowsApi
 from worker.messages import open_messages
 from worker.metrics import Metrics
-from worker.model_source import remote_properties
+from worker.model_source import local_properties, remote_properties
 from worker.settings import Settings, notes
 from worker.sides import Place, custom_handler, engine_side, handler_side, open_mirror_of
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
-from worker.workflows.definition import Workflow
 from worker.workflows.files import fetch_workflow
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,11 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         clients = await stack.enter_async_context(_clients(settings))
         objects = S3Store(clients)
         properties = await remote_properties(settings, objects)
-        if properties is not None:
+        if properties is None:
+            properties = await asyncio.to_thread(local_properties, settings)
+        else:
             settings = reread(properties)
-        _tell(notes(settings, properties))
+        _tell(notes(settings, properties, os.environ))
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         exporter = Exporter(metrics, settings.metrics_adapters)
@@ -58,7 +60,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
         calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
-        chains = WorkflowsApi(_fetching(clients, objects), not_ready)
+        chains = WorkflowsApi(partial(fetch_workflow, store=objects), not_ready)
         apis = Apis(adapters=api, calls=calls, workflows=chains, metrics=metrics)
         await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
         messages = await stack.enter_async_context(open_messages(settings, clients))
@@ -194,15 +196,6 @@ async def _clients(settings: Settings) -> AsyncIterator[Clients]:
         return
     async with clients:
         yield clients
-
-
-def _fetching(clients: Clients, store: S3Store) -> Fetch:
-    async def fetch(url: str) -> Workflow:
-        if url.startswith("s3://") and not clients.is_open:
-            raise InvalidWorkflow(f"url is {url!r}; this worker was started without anything in S3")
-        return await fetch_workflow(url, store)
-
-    return fetch
 
 
 @asynccontextmanager

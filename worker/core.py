@@ -11,7 +11,7 @@ from worker.delivery.flow import FlowControl
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
-from worker.engine.base_model import BaseModel, resolve_device
+from worker.engine.base_model import BaseModel, degree_of, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_layers import measure_costs
@@ -48,7 +48,8 @@ def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
-    setup, on_gpu = _setup(settings, weights), device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    setup = _setup(settings, weights, degree_of(settings.tensor_parallel_degree, device))
     tuner = _tuner(settings, device) if setup.adapters and on_gpu else None
     measure = measure_costs if setup.adapters and not on_gpu else None
     if setup.degree > 1:
@@ -100,10 +101,10 @@ def build_core(settings: Settings, weights: str) -> Core:
     return Core(base, engine, store, tokenizers, runner.targets, tokens, runner.close)
 
 
-def _setup(settings: Settings, weights: str) -> Setup:
+def _setup(settings: Settings, weights: str, degree: int) -> Setup:
     return Setup(
         weights=weights,
-        degree=settings.tensor_parallel_degree,
+        degree=degree,
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,

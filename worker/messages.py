@@ -1,13 +1,10 @@
 """The queue's side of a worker: its messages, their leases, and who sees them through."""
 
-import importlib.metadata
 import logging
-import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from worker.delivery.commit import Committer, Provenance
+from worker.delivery.commit import Committer, provenance
 from worker.delivery.intake import POLL_SECONDS, Intake
 from worker.delivery.rows import RowRunner
 from worker.delivery.runner import JobLimits, Runner
@@ -60,15 +57,6 @@ async def open_messages(settings: Settings, clients: Clients) -> AsyncIterator[M
         yield Messages(settings, queue, info, keeper)
 
 
-def provenance(settings: Settings) -> Provenance:
-    """What this process says of itself in manifests."""
-    return Provenance(
-        worker=f"{socket.gethostname()}-{os.getpid()}",
-        base_model=str(settings.model),
-        software_version=f"loramill {importlib.metadata.version('loramill')}",
-    )
-
-
 def _runner(
     settings: Settings,
     info: QueueInfo,
@@ -90,6 +78,7 @@ def _limits(settings: Settings, info: QueueInfo) -> JobLimits:
         dead_letter_prefix=settings.dead_letter_prefix if settings.dead_letter == "store" else None,
         max_receive_count=info.max_receive_count,
         # `enqueue` puts files where their results go.
+        base_models=settings.model_names,
         input_prefixes=settings.input_prefixes and settings.input_prefixes + settings.output_prefixes,
     )
 

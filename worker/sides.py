@@ -17,6 +17,7 @@ from adapters_sync.metrics import SyncMetrics
 from adapters_sync.options import MirrorOptions
 from adapters_sync.reconcile import Mirror, open_mirror
 from worker.adapters.directory import AdapterDirectory
+from worker.adapters.places import reading
 from worker.adapters.registry import AdapterRegistry
 from worker.adapters.shelf import VersionShelf
 from worker.bridge import Bridge
@@ -27,11 +28,10 @@ from worker.custom.opening import find_entry_point, make_handler
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
 from worker.delivery.rows import RowRunner
-from worker.delivery.runner import names_of
 from worker.engine.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
-from worker.errors import InvalidRegistration, LoramillError, SettingsError
+from worker.errors import LoramillError, SettingsError
 from worker.http.adapters_api import Registry
 from worker.http.generation import CallLimits, Generation
 from worker.http.handler_api import HandlerApi
@@ -112,7 +112,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
     )
     if registered is not None:
         place.calls.adapters = registered.names
-    place.calls.models[settings.model_name] = _generation(settings, rows, workflows)
+    place.calls.generation = _generation(settings, rows, workflows)
 
     def export() -> None:
         place.exporter.store(core.store.stats())
@@ -164,9 +164,8 @@ async def handler_side(
         place.owned.add(_mirroring(mirror, SyncMetrics(place.registry), asyncio.Event()))
 
     async def fetch(uri: str, folder: Path) -> str:
-        if not place.objects.is_open:
-            raise InvalidRegistration(f"src is {uri!r}; this worker was started without anything in S3")
-        await place.objects.download_tree(uri.rstrip("/") + "/", folder)
+        with reading(f"src is {uri!r}"):
+            await place.objects.download_tree(uri.rstrip("/") + "/", folder)
         return (folder / MARKER).read_text(encoding="ascii").strip()
 
     await stack.enter_async_context(custom)
@@ -228,11 +227,10 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
 
     Raises LoramillError for one of the settings that cannot be served.
     """
-    names = names_of(str(settings.model))
     urls = {url for url in (settings.model, settings.model_id) if url is not None}
     place = settings.registered_path
     folder = None if place is None else place.parent / "workflows"
-    workflows = Workflows(adapters, urls, {*names, settings.model_name}, folder)
+    workflows = Workflows(adapters, urls, settings.model_names, folder)
     await workflows.start()
     for url in settings.workflows:
         try:
@@ -245,8 +243,7 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
 def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Generation:
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
-    names = sorted(names_of(str(settings.model)), key=len)  # the last part of it first
-    return Generation(rows.answer, limits, names, workflows.serves)
+    return Generation(rows.answer, limits, settings.model_names, workflows.knows)
 
 
 def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:

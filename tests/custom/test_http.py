@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.custom.conftest import MODELS, handler_of
+from tests.glue.support import until
 from worker.errors import HandlerBusy
 from worker.http.handler_api import HandlerApi
 from worker.http.inference_api import HttpLimits, InferenceApi
@@ -29,6 +30,7 @@ async def served(reason: str | None = None, token: str | None = None):
             aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
         ):
             api.handler = HandlerApi(handler, LARGEST)
+            client.api = api
             yield client, handler
 
 
@@ -59,6 +61,8 @@ def test_headers_are_properties_but_the_token() -> None:
     [
         ({"handler": "leave"}, "/invocations", 400, "handler can't be overridden"),
         ({"Batch_Size": "999999999"}, "/invocations", 400, "can't be overridden"),
+        ({"Model_Dir": "/etc"}, "/invocations", 400, "can't be overridden"),
+        ({"device_id": "7"}, "/invocations", 400, "can't be overridden"),
         ({"X-Amzn-SageMaker-Custom-Attributes": "handler=leave"}, "/invocations", 400, "overridden"),
         ({}, "/predictions/other", 404, "The model other was not found"),
         ({}, "/invocations?how=%ff", 400, "not UTF-8"),
@@ -76,6 +80,58 @@ def test_a_body_beyond_the_limit_is_refused() -> None:
     status, said = ask(body=b"x" * 100_001)
     assert status == 413
     assert "100000 bytes" in said["message"]
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def form(parts: int, name_length: int, data: bytes = b"") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n'
+    return b"".join(head % (b"n" * name_length) + data + b"\r\n" for _ in range(parts)) + b"--x--\r\n"
+
+
+def test_a_form_is_bounded_in_all_that_it_has() -> None:
+    assert ask(FORM, form(500, 4))[0] == 200
+    for body in (form(50, 4000), form(1, 4, b"x" * 100_001)):
+        status, said = ask(FORM, body)
+        assert (status, "100000 bytes" in said["message"]) == (413, True)
+    status, said = ask(FORM, form(1001, 1))
+    assert (status, said["message"]) == (400, "The form has over 1000 parts")
+
+
+def test_a_client_that_goes_away_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = asyncio.Event()
+
+    async def never(*_, **__):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+
+    async def play():
+        async with served() as (client, handler):
+            monkeypatch.setattr(handler, "call", never)
+            with pytest.raises(TimeoutError):
+                await client.post("/invocations", timeout=aiohttp.ClientTimeout(total=0.3))
+            async with asyncio.timeout(10):
+                await gone.wait()
+
+    asyncio.run(play())
+
+
+def test_a_client_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.http.streaming._WRITE_SECONDS", 0.2)
+
+    async def play():
+        async with served() as (client, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client._base_url.port, limit=1024)
+            writer.write(b"POST /invocations?how=endless HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            await until(lambda: client.api.num_calls == 1)
+            await until(lambda: client.api.num_calls == 0)
+            assert not reader.at_eof()  # it has a beginning of it, and never asked for more
+            writer.close()
+
+    asyncio.run(play())
 
 
 def test_not_ready_and_too_busy_are_503(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ async def calling(
     timeout_seconds: float = 30.0,
     max_passed_over: int = 256,
     in_flight_rows: int = 8,
+    model: str = MODEL,
 ) -> AsyncIterator[Worker]:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
@@ -102,9 +103,9 @@ async def calling(
         aiohttp.ClientSession() as session,
     ):
         said: list[Worker] = []
-        api = AdaptersApi(MODEL, adapters is not None, lambda: said[0].reason)
+        api = AdaptersApi(model, adapters is not None, lambda: said[0].reason)
         calls = InferenceApi(
-            MODEL,
+            model,
             HttpLimits(max_calls, max_body_bytes, body_seconds),
             lambda: said[0].reason,
             metrics,
@@ -117,7 +118,7 @@ async def calling(
             api.registry = registered = AdapterRegistry(adapters, shelf, bridge)
             await registered.start()
         chains = WorkflowsApi(lambda url: fetch_workflow(url, MemoryStore()), lambda: said[0].reason)
-        chains.workflows = Workflows(registered, [MODEL_URL], [MODEL], tmp_path / "workflows")
+        chains.workflows = Workflows(registered, [MODEL_URL], [model], tmp_path / "workflows")
         await chains.workflows.start()
         calls.is_workflow = chains.workflows.knows
         directory = AdapterDirectory(
@@ -130,9 +131,9 @@ async def calling(
             max_rows=in_flight_rows,
             workflow=chains.workflows.find,
         )
-        limits, names = CallLimits(max_rows, timeout_seconds), [MODEL, "org/tiny"]
-        generation = Generation(rows.answer, limits, names, chains.workflows.serves)
-        calls.models[MODEL] = generation
+        limits, names = CallLimits(max_rows, timeout_seconds), [model, "org/tiny"]
+        generation = Generation(rows.answer, limits, names, chains.workflows.knows)
+        calls.generation = generation
         if registered is not None:
             calls.adapters = registered.names
         async with serving(
@@ -145,8 +146,8 @@ async def calling(
         ) as port:
             worker = Worker(session, port)
             said.append(worker)
-            worker.core, worker.bridge, worker.metrics, worker.delivery.rows = core, bridge, metrics, rows
-            worker.calls, worker.generation, worker.adapters.registry = calls, generation, registry
+            worker.core, worker.bridge, worker.metrics, worker.rows = core, bridge, metrics, rows
+            worker.calls, worker.generation, worker.registry = calls, generation, registry
             yield worker
 
 

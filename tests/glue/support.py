@@ -15,7 +15,7 @@ from worker.delivery.commit import Committer, Provenance
 from worker.delivery.flow import FlowControl
 from worker.delivery.inputs import rows_of
 from worker.delivery.rows import Hold, RowRunner
-from worker.delivery.runner import JobLimits, Runner, names_of
+from worker.delivery.runner import JobLimits, Runner
 from worker.delivery.splitter import Splitter
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
 from worker.metrics import Metrics
@@ -28,6 +28,7 @@ PREFIX = "s3://out/jobs/"
 DEAD = "s3://out/dead-letter/"
 VISIBILITY = 30
 PROVENANCE = Provenance(worker="w", base_model="m", software_version="v")
+BASE_MODELS = (PROVENANCE.base_model,)
 
 Hook = Callable[[str], Awaitable[None]]
 
@@ -218,6 +219,7 @@ class World:
             max_rows_per_job=MAX_ROWS,
             dead_letter_prefix=DEAD if dead_letter else None,
             max_receive_count=max_receive_count,
+            base_models=BASE_MODELS,
         )
         self.journal: list[str] = []
 
@@ -297,8 +299,9 @@ def body_of(job_id: str = "j", inputs: Any = ("a", "b", "c"), **fields: Any) -> 
 def make_job(job_id: str = "j", inputs: Any = ("a", "b", "c"), **fields: Any) -> Job:
     """What a worker makes of that body."""
     delivery = Delivery(message_id="m", body=body_of(job_id, inputs, **fields), receipt="r", sent_at=999.0)
-    known = names_of(PROVENANCE.base_model)
-    return wire.decode(delivery, output_prefixes=[PREFIX], max_rows=MAX_ROWS, now=999.0, base_models=known)
+    return wire.decode(
+        delivery, output_prefixes=[PREFIX], max_rows=MAX_ROWS, now=999.0, base_models=BASE_MODELS
+    )
 
 
 def manifest_uri(job_id: str) -> str:

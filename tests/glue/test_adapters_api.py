@@ -13,7 +13,8 @@ from tests.glue.registering import MODEL, Client, Scene, refused, run
 from tests.glue.support import until
 from tests.sync.builders import WEIGHTS, Bucket, weights
 from tests.test_docs import README, blocks
-from worker.http import adapters_api, codes, server
+from worker.errors import OutOfMemory
+from worker.http import adapters_api, codes, requests, server
 
 BOTH = ["", f"/models/{MODEL}"]
 ALIAS = {"X-Amzn-SageMaker-Adapter-Alias": "visible"}
@@ -374,17 +375,19 @@ def test_other_routes_are_as_they_were(scene):
     serve(scene, scenario)
 
 
-@pytest.mark.parametrize("failing", ["invalid", "full", "disk", "memory"])
+@pytest.mark.parametrize("failing", ["invalid", "full", "disk", "memory", "no memory"])
 def test_failure_to_load_is_told_by_the_call_that_caused_it(scene, failing, monkeypatch):
     async def scenario(api: Client):
         src = scene.source("a")
-        expected = {"invalid": 400, "full": 507, "disk": 507, "memory": 507}[failing]
+        expected = 400 if failing == "invalid" else 507
+        if failing == "no memory":
+            monkeypatch.setattr(scene.loader, "preload", _no_memory)
         if failing == "invalid":
             scene.loader.bad["a"] = "rank 32 of module x is not between 1 and max_lora_rank 16"
         if failing in {"full", "memory"}:
             scene.loader.places = 0
         if failing == "disk":
-            monkeypatch.setattr("worker.adapters.shelf.write_book", _disk_full)
+            monkeypatch.setattr("worker.adapters.registrations.replace_file", _disk_full)
         answer = await api("POST", "/adapters", name="a", src=src)
         assert (answer.status, answer.body["code"]) == (expected, expected)
         if expected == 507:
@@ -394,6 +397,10 @@ def test_failure_to_load_is_told_by_the_call_that_caused_it(scene, failing, monk
         assert (await api("GET", "/adapters/a")).status == 404
 
     serve(scene, scenario)
+
+
+async def _no_memory(*_, **__):
+    raise OutOfMemory("Adapter a finds no memory: Cannot allocate memory")
 
 
 def _disk_full(*_):
@@ -531,8 +538,8 @@ def test_a_body_is_not_taken_for_parameters(scene):
     async def scenario(api: Client):
         answer = await api("POST", "/adapters", data=b"name=a&src=/x")
         assert refused(answer, 400, "The request has a body; parameters go into the query")
-        answer = await api("POST", "/adapters", data=b"x" * (adapters_api.MAX_BODY_BYTES + 1))
-        says = f"The body is too large: it may have {adapters_api.MAX_BODY_BYTES} bytes"
+        answer = await api("POST", "/adapters", data=b"x" * (requests.MAX_BODY_BYTES + 1))
+        says = f"The body is too large: it may have {requests.MAX_BODY_BYTES} bytes"
         assert refused(answer, 413, says)
 
     serve(scene, scenario)
@@ -553,7 +560,7 @@ async def ask(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(scene, monkeypatch):
-    monkeypatch.setattr(adapters_api, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
     monkeypatch.setattr(server, "LINGER_SECONDS", 0.05)
 
     async def scenario(api: Client):

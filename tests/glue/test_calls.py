@@ -221,7 +221,6 @@ def test_without_lora_only_the_base_answers(core, tmp_path):
         ({"inputs": "x", "adapter": "a0"}, "Field 'adapter' is unknown; the nearest known name is adapters"),
         ({"inputs": "x", "task": "sing"}, "Task is 'sing'; it must be generate or score"),
         ({"inputs": "x", "task": ["score"]}, "Task is a list of 1; it must be generate or score"),
-        ({"inputs": "x", "stream": True}, "Stream is true; answers are not streamed: it must be false"),
         ({"inputs": "x", "parameters": {"max_tokens": 3}}, "parameter 'max_tokens' is unknown"),
         ({"inputs": "x" * 200}, "The prompt has 200 tokens"),
         ({"inputs": ["x", "y"], "ids": ["1", "1"]}, "Row id '1' is used 2 times"),
@@ -454,10 +453,11 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
     commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("curl")]
 
     async def scenario(worker: Worker):
-        worker.calls.models["llama"] = worker.generation
         answers = [await curl(worker, *command) for command in commands]
         assert [answer.status for answer in answers] == [200] * len(commands)
-        ping, single, several, plain, header, chat, models, scored = [answer.body for answer in answers]
+        ping, single, several, plain, header, chat, like_djl, models, streamed, scored = [
+            one.body for one in answers
+        ]
         assert ping == {"status": "Healthy"}
         assert set(single) == set(plain) == {"generated_text"}
         assert [set(one) for one in several] == [{"generated_text"}] * 2
@@ -466,14 +466,17 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
         assert header["details"]["inputs"] == "Who goes there?"
         assert header["generated_text"] != plain["generated_text"]
         assert scored[0]["logprob"] < 0
+        assert json.loads(streamed.splitlines()[-1])["generated_text"] == header["generated_text"]
         assert (chat["object"], chat["model"]) == ("chat.completion", "pirate")
-        assert [one["id"] for one in models["data"]] == [MODEL, "pirate", "robot"]
+        assert like_djl["choices"] == chat["choices"]
+        assert [one["id"] for one in models["data"]] == ["llama", "pirate", "robot"]
 
-    serve(core, tmp_path / "adapters", tmp_path, scenario)
+    serve(core, tmp_path / "adapters", tmp_path, scenario, model="llama")
 
 
-async def curl(worker: Worker, target: str, *options: str):
+async def curl(worker: Worker, *said: str):
     """What the command of this name would do."""
+    target, *options = (option for option in said if option != "-N")
     headers, data = {}, None
     for flag, value in zip(options[::2], options[1::2], strict=True):
         assert flag in {"-H", "-d"}
@@ -491,7 +494,7 @@ def test_the_readme_names_every_route_field_and_error():
     routes = re.findall(r"`([A-Z]+ /\S+)`", text)
     documented = re.findall(r"^ *([A-Z]+) +(/\S+)", str(inference_api.__doc__), re.MULTILINE)
     assert sorted(routes) == sorted(" ".join(one) for one in documented)
-    assert all(f"`{field}`" in text for field in FIELDS - {"stream"})
+    assert all(f"`{field}`" in text for field in FIELDS)
     rows = re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
     told = {int(code) for row in rows for code in row.split(", ")}
     assert told == {*STATUSES.values(), 400, 401, 403, 404, 405, 408, 413, 415, 503}
@@ -532,9 +535,16 @@ def test_a_completion_of_openais_is_answered_as_one_by_the_base_or_the_adapter_o
     ("body", "status", "says"),
     [
         ({"model": "nobody", "prompt": "x"}, 404, "Adapter nobody is not registered"),
-        ({"model": "tiny", "prompt": "x", "stream": True}, 400, "parameter stream is true"),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "parameter n is 2"),
-        ({"prompt": "x"}, 400, "the row's body.model is null"),
+        ({"model": 5, "prompt": "x"}, 400, "the row's body.model is 5"),
+        ({"prompt": "x", "adapters": "nobody"}, 404, "Adapter nobody is not registered"),
+        ({"prompt": "x", "adapters": ["a0"]}, 400, "the row's adapters is a list of 1; it must be text"),
+        (
+            {"model": "a0", "prompt": "x", "adapters": "a1"},
+            400,
+            "model is 'a0' and adapters 'a1'; they name two adapters",
+        ),
+        ({"model": "a0", "prompt": "x", "adapters": ["a0"]}, 400, "model is 'a0' and adapters a list of 1"),
         ({"model": "tiny"}, 400, "the row's body.prompt is null"),
         ({"model": "tiny", "inputs": "x"}, 400, "parameter 'inputs' is unknown"),
         ([], 400, "The body is JSON and not an object"),
@@ -545,6 +555,33 @@ def test_what_is_wrong_with_a_body_of_openais_is_told(run, body, status, says):
         answer = await worker.invoke(body, "/v1/completions")
         assert (answer.status, answer.body["code"]) == (status, status)
         assert answer.body["message"].startswith(says)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("target", ["/v1/chat/completions", "/invocations", f"/predictions/{MODEL}"])
+def test_a_chat_names_its_adapter_as_djl_serving_s_do(run, target):
+    async def scenario(worker: Worker):
+        messages = [{"role": "user", "content": "who"}]
+        inputs, parameters = [{"messages": messages}], {"max_new_tokens": 5}
+        said = {}
+        for name in ("", "a0", "a1", "a2"):
+            (result,) = await worker.job(inputs, adapters=name or None, parameters=parameters)
+            said[name] = result.text
+        assert len(set(said.values())) == 4
+
+        async def ask(query="", headers=None, **fields):
+            body = {"messages": messages, "max_tokens": 5, "temperature": 0} | fields
+            answer = await worker.invoke(body, target + query, **(headers or {}))
+            assert answer.status == 200, answer.body
+            return answer.body["choices"][0]["message"]["content"], answer.body["model"]
+
+        assert await ask() == await ask(adapters="") == await ask(adapters=None) == (said[""], MODEL)
+        for fields in ({}, {"model": MODEL}, {"model": "a0"}):
+            assert await ask(adapters="a0", **fields) == (said["a0"], "a0")
+        assert await ask("?adapter=a1", adapters="a0") == (said["a1"], "a1")
+        assert await ask("?adapter=a1", {HEADER: "a2"}, adapters="a0") == (said["a2"], "a2")
+        assert await ask("", {HEADER: ""}, adapters="a0") == (said[""], MODEL)
 
     run(scenario)
 

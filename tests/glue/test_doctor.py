@@ -256,7 +256,11 @@ def test_queue_of_events_is_looked_at_too(account):
 def test_policy_names_what_is_used_and_nothing_else():
     given = {"LORAMILL_QUEUE_URL": URL, "LORAMILL_OUTPUT_PREFIXES": "s3://out/a/,s3://other/b/"}
     given |= {"LORAMILL_MODEL": "s3://models/llama", "LORAMILL_ADAPTERS_EVENTS_QUEUE_URL": f"{URL}-events"}
-    given |= {"LORAMILL_INPUT_PREFIXES": "s3://files/in/"}
+    given |= {
+        "LORAMILL_INPUT_PREFIXES": "s3://files/in/",
+        "LORAMILL_WORKFLOWS": "s3://flows/a/one.json,/srv/b",
+    }
+    given |= {"OPTION_MODEL_ID": "s3://weights/base"}
     policy = least_policy(read_settings(environ=given, flags={}))
     by_action = {}
     for statement in policy["Statement"]:
@@ -271,10 +275,13 @@ def test_policy_names_what_is_used_and_nothing_else():
         "sqs:ChangeMessageVisibility": {jobs},
         "sqs:SendMessage": {jobs},
         "s3:GetObject": {f"arn:aws:s3:::{name}/*" for name in ("out/a", "other/b", "models/llama/adapters")}
-        | {"arn:aws:s3:::models/llama/*", "arn:aws:s3:::files/in/*"},
+        | {"arn:aws:s3:::models/llama/*", "arn:aws:s3:::files/in/*"}
+        | {"arn:aws:s3:::weights/base/*", "arn:aws:s3:::flows/a/*"},
         "s3:PutObject": {"arn:aws:s3:::out/a/*", "arn:aws:s3:::other/b/*"},
         "s3:AbortMultipartUpload": {"arn:aws:s3:::out/a/*", "arn:aws:s3:::other/b/*"},
-        "s3:ListBucket": {f"arn:aws:s3:::{name}" for name in ("out", "other", "models", "files")},
+        "s3:ListBucket": {
+            f"arn:aws:s3:::{name}" for name in ("out", "other", "models", "files", "weights", "flows")
+        },
     }
 
 

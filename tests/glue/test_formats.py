@@ -10,7 +10,6 @@ from tests.glue.support import PREFIX, Died, World, body_of, make_job, make_runn
 from tests.wire.test_lines import LINES
 from worker import wire
 from worker.adapters.directory import AdapterDirectory
-from worker.delivery.runner import names_of
 from worker.jobs import Completion, FinishReason, InferenceRequest, SamplingParams, Score
 
 FORMATS = ("native", "openai", "bedrock")
@@ -157,12 +156,6 @@ def test_chat_without_a_limit_goes_on_to_the_end_of_the_model():
     long = {**CHAT, "custom_id": "long", "body": body}
     asyncio.run(run_rows(world_of(bridge).rows, make_job(inputs=[CHAT, long])))
     assert [request.params.max_new_tokens for request in bridge.requests] == [100 - len("<user>hi"), 1]
-
-
-def test_base_model_is_called_as_the_setting_says_or_by_its_last_part():
-    assert names_of("s3://bucket/llama/") == {"s3://bucket/llama/", "llama"}
-    assert names_of("meta/llama") == {"meta/llama", "llama"}
-    assert names_of("llama") == {"llama"}
 
 
 # Scores

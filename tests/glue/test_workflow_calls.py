@@ -173,6 +173,32 @@ def test_a_chat_is_answered_as_a_chat_however_many_calls_it_takes(play, tmp_path
     play(scenario)
 
 
+def test_every_call_of_one_that_cannot_be_served_says_why(play, tmp_path):
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "broken.json").write_text("{")
+    why = "The workflow broken cannot be served: "
+
+    async def scenario(worker: Worker):
+        chat = {"model": "broken", "messages": [{"role": "user", "content": "x"}]}
+        for target, body in (("/predictions/broken", {"inputs": "x"}), ("/v1/chat/completions", chat)):
+            said = await worker.invoke(body, target)
+            assert (said.status, said.body["message"][: len(why)]) == (404, why)
+        assert (await worker("GET", "/workflows")).body["failed"].keys() == {"broken"}
+        assert (await worker("GET", "/workflows/broken")).body["message"].startswith(why)
+        assert (await worker("DELETE", "/workflows/broken")).status == 200
+        assert (await worker("DELETE", "/workflows/broken")).status == 404
+
+    play(scenario)
+
+
+def test_a_body_is_not_taken_for_parameters(play):
+    async def scenario(worker: Worker):
+        said = await worker("POST", "/workflows?url=/srv", {}, b"x")
+        assert (said.status, "go into the query" in said.body["message"]) == (400, True)
+
+    play(scenario)
+
+
 def test_a_pipe_is_no_workflow_and_keeps_nobody_waiting(play, tmp_path):
     os.mkfifo(tmp_path / "pipe")
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.glue.registering import FakeLoader, Scene, run
 from tests.glue.support import until
+from worker.adapters.shelf import VersionShelf
 from worker.errors import (
     AdapterTaken,
     InvalidRegistration,
@@ -153,6 +154,33 @@ def test_deleted_it_is_gone_with_its_adapters(play):
     play(scenario)
 
 
+def test_what_cannot_be_deleted_is_there_as_it_was_and_its_adapters_can_be_gone(play, monkeypatch):
+    async def scenario(place):
+        await place.workflows.register(workflow(a=place.scene.source("a")))
+        book = VersionShelf.write
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        async def no_room(*_: object) -> None:
+            raise StorageFull("the book cannot be written")
+
+        monkeypatch.setattr(VersionShelf, "write", no_room)
+        with pytest.raises(StorageFull, match="the book"):
+            await place.workflows.delete("w")
+        assert (place.workflows.names, await place.scene.names()) == (["w"], ["w.a"])
+        monkeypatch.setattr(VersionShelf, "write", book)
+        monkeypatch.setattr(Path, "unlink", full)
+        with pytest.raises(StorageFull, match="The workflow w cannot be forgotten"):
+            await place.workflows.delete("w")
+        assert (place.workflows.names, await place.scene.names()) == (["w"], [])
+        monkeypatch.undo()
+        await place.workflows.delete("w")
+        assert place.workflows.names == (await place.restarted()).workflows.names == []
+
+    play(scenario)
+
+
 def test_it_is_there_again_after_a_restart(play):
     async def scenario(place):
         asked = workflow(a=place.scene.source("a"), b=place.scene.source("b", fill=2))
@@ -264,7 +292,7 @@ def test_what_failed_at_a_restart_can_be_deleted_or_replaced(play, tmp_path):
         assert sorted(moved.workflows.failed) == ["v", "w"]
         with pytest.raises(UnknownWorkflow, match="cannot be served"):
             moved.workflows.describe("w")
-        assert not moved.workflows.serves("w")
+        assert moved.workflows.knows("w")
         await moved.workflows.delete("w")
         assert await moved.scene.names() == ["v.a"]
         await moved.workflows.replace(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))

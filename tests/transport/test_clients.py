@@ -13,9 +13,10 @@ from botocore.exceptions import (
     ParamValidationError,
 )
 
-from worker.errors import ObjectExists, QueueRefused, QueueUnavailable, SettingsError
+from worker.errors import ObjectExists, QueueRefused, QueueUnavailable, SettingsError, StoreRefused
 from worker.transport.clients import MAX_POLL_SECONDS, Clients, jittered, translated
 from worker.transport.queue import SqsQueue
+from worker.transport.store import S3Store
 
 
 def with_clients(scenario) -> None:
@@ -186,3 +187,8 @@ def test_our_own_bugs_are_not_translated():
 
 def test_jitter_never_lengthens_a_wait():
     assert all(1.0 <= jittered(2.0) <= 2.0 for _ in range(100))
+
+
+def test_clients_that_were_never_opened_refuse_what_is_in_s3():
+    with pytest.raises(StoreRefused, match="started without anything in S3"):
+        asyncio.run(S3Store(Clients()).get("s3://bucket/key"))

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -23,6 +22,7 @@ from adapters_sync.names import REQUIRED_FILES, shown
 from adapters_sync.remote import Remote, connect
 from adapters_sync.tasks import in_thread
 from adapters_sync.uris import S3Prefix, parse_prefix
+from worker.adapters.places import path_of_url
 
 _CHUNK_BYTES = 1 << 20
 _MAX_PATH = 4096
@@ -76,13 +76,16 @@ def check_complete(adapter: RemoteAdapter, manifest: UploadManifest | None) -> M
 
 
 def parse_source(src: str) -> S3Prefix | Path:
-    """Read `s3://bucket/prefix/`, `/a/folder` or `file:///a/folder`; InvalidUri says what is wrong."""
+    """Read `s3://bucket/prefix/`, `/a/folder` or `file:///a/folder`.
+
+    Raises InvalidUri, or InvalidRegistration for a wrong `file://` URL, with what is wrong.
+    """
     if src.startswith("s3://"):
         try:
             return parse_prefix(src)
         except InvalidUri as error:
             raise InvalidUri(f"src: {shown(src)} is not an s3://bucket/prefix/ of an adapter") from error
-    path = _path_of_url(src) if src.startswith("file://") else src
+    path = path_of_url(src, "src")
     if not path.startswith("/"):
         raise InvalidUri(f"src: {shown(src)} is not {_FORMS}")
     if ".." in path.split("/") or not path.isprintable() or len(path) > _MAX_PATH:
@@ -90,17 +93,6 @@ def parse_source(src: str) -> S3Prefix | Path:
             f"src: {shown(src)} has a segment '..', a control character or more than {_MAX_PATH} characters"
         )
     return Path(path)
-
-
-def _path_of_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        path = unquote(parts.path, errors="strict")
-    except ValueError as error:
-        raise InvalidUri(f"src: {shown(url)} is not a file:// URL: {error}") from error
-    if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
-        raise InvalidUri(f"src: {shown(url)} is not a file:///path of this machine")
-    return path
 
 
 class OneAdapter(Remote):

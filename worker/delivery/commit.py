@@ -6,6 +6,9 @@ several parts has a tally beside each part's results; whoever finds all of them 
 """
 
 import asyncio
+import importlib.metadata
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -16,6 +19,7 @@ from worker import wire
 from worker.delivery.spool import Spool
 from worker.errors import InvalidInput, JobIdReused, ObjectExists, ObjectNotFound
 from worker.jobs import Delivery, Failure, Job, Output
+from worker.settings import Settings
 from worker.transport.store import Store, StoredObject
 from worker.wire.manifest import CommittedPart, Manifest, OutputFile, failed, summarize
 from worker.wire.output import LineReader
@@ -33,6 +37,15 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     base_model: str
     software_version: str
+
+
+def provenance(settings: Settings) -> Provenance:
+    """What this process says of itself in manifests."""
+    return Provenance(
+        worker=f"{socket.gethostname()}-{os.getpid()}",
+        base_model=str(settings.model),
+        software_version=f"loramill {importlib.metadata.version('loramill')}",
+    )
 
 
 class Committer:

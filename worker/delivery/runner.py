@@ -66,6 +66,8 @@ class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
     """After this many receives the queue moves a message away; None if it never does."""
     input_prefixes: tuple[str, ...] = ()
     """Where inputs may lie; anywhere if there are none."""
+    base_models: tuple[str, ...] = ()
+    """What `model` may call the base model."""
 
 
 class Runner:
@@ -157,7 +159,7 @@ class Runner:
             input_prefixes=self._limits.input_prefixes,
             max_rows=self._limits.max_rows_per_job,
             now=self._clock(),
-            base_models=names_of(self._committer.base_model),
+            base_models=self._limits.base_models,
             max_bytes=max_bytes,
         )
 
@@ -306,11 +308,6 @@ def backoff_seconds(receive_count: int) -> int:
     """How long a message stays hidden after its `receive_count`-th attempt met trouble."""
     base = min(_MAX_BACKOFF_SECONDS, 5 * 2 ** min(receive_count, 16))
     return int(base * random.uniform(0.75, 1.0))  # noqa: S311 (jitter)
-
-
-def names_of(base_model: str) -> frozenset[str]:
-    """What requests may call the base model: as the setting says it, or by the last part of that."""
-    return frozenset({base_model, base_model.rstrip("/").rpartition("/")[2]})
 
 
 async def _raising(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -182,6 +182,8 @@ class TextStream:
         self._done = len(self._tokens)
         """Tokens before this one have been turned into `text`."""
         self.text = ""
+        self._told = 0
+        """Characters of it that `tell` has returned."""
 
     def push(self, token: int) -> str:
         """Take one more generated token; returns the text it completes, perhaps none."""
@@ -196,6 +198,13 @@ class TextStream:
         new = whole[len(before) :]
         self.text += new
         return new
+
+    def tell(self, stops: Collection[str] = ()) -> str:
+        """What has come to `text` since the last call, but for an end that one of `stops` may begin with."""
+        text = self.text
+        begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        begin, self._told = self._told, len(text) - max(begun, default=0)
+        return text[begin : self._told]
 
     def _give_up(self, before: str, whole: str) -> str:
         """A character has four bytes at most: what is older and no text will not become any."""

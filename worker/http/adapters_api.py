@@ -10,7 +10,6 @@ Everything below `/models` and `/adapters` is answered here, and in JSON. A path
 are decoded, so a name with an encoded slash is one name.
 """
 
-import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -19,20 +18,16 @@ import msgspec
 from aiohttp import web
 
 from worker.adapters.info import AdapterInfo
-from worker.errors import HandlerRefused, LoramillError
-from worker.http.answers import Refused, answer, refusal
-from worker.http.bodies import read_body
-from worker.http.codes import code_of
+from worker.errors import LoramillError
+from worker.http.answers import Refused, answer
+from worker.http.codes import refused_for
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
-
-logger = logging.getLogger(__name__)
+from worker.http.requests import expect_method, expect_no_body, expect_ready, no_route
 
 PREFIXES = ("models", "adapters")
 ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
 MAX_PAGE = 100
-BODY_SECONDS = 10.0
-MAX_BODY_BYTES = 64 << 10
 
 
 class Registry(Protocol):
@@ -42,7 +37,14 @@ class Registry(Protocol):
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]: ...
     async def describe(self, name: str) -> AdapterInfo: ...
     async def register(
-        self, name: str, src: str, *, preload: bool, pin: bool, options: Mapping[str, str] | None
+        self,
+        name: str,
+        src: str,
+        *,
+        preload: bool,
+        pin: bool,
+        options: Mapping[str, str] | None,
+        alias: str | None,
     ) -> str | None: ...
     async def update(
         self,
@@ -52,8 +54,9 @@ class Registry(Protocol):
         preload: bool | None,
         pin: bool | None,
         options: Mapping[str, str] | None,
+        alias: str | None,
     ) -> str | None: ...
-    async def delete(self, name: str) -> str | None: ...
+    async def delete(self, name: str, *, alias: str | None) -> str | None: ...
 
 
 class _Done(NamedTuple):
@@ -63,7 +66,8 @@ class _Done(NamedTuple):
     said: str | None
 
 
-_Action = Callable[[Registry, Parameters, str], Awaitable[Any]]
+_Action = Callable[[Registry, Parameters, str, str | None], Awaitable[Any]]
+"""Of an adapter's name, and what its client calls it."""
 
 
 class AdaptersApi:
@@ -84,49 +88,25 @@ class AdaptersApi:
             self.registry.close()
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer one request; what is wrong with it is in the answer."""
-        try:
-            return answer(await self._run(request))
-        except Refused as refused:
-            return refusal(refused)
-        except Exception:
-            logger.exception("a request failed by a mistake of ours")
-            return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
-
-    async def _run(self, request: web.Request) -> Any:
+        """Answer one request. Raises Refused and LoramillError."""
         model, adapter, actions = _route(segments_of(request))
-        action = actions.get(request.method)
-        if action is None:
-            allowed = {"Allow": ", ".join(sorted(actions))}
-            raise Refused(405, f"The method {request.method} is not allowed here", headers=allowed)
+        expect_method(request, *sorted(actions))
+        action = actions[request.method]
         if model not in {None, self._model}:
             raise Refused(404, f"The model {model} was not found")
         if not self._lora_enabled:
             raise Refused(400, "LoRA is not enabled.")
-        reason = self._not_ready()
-        if reason is not None or self.registry is None:
-            raise Refused(503, f"The worker is not ready: {reason or 'loading the model'}")
-        await _expect_no_body(request)
+        registry = expect_ready(self._not_ready(), self.registry)
+        await expect_no_body(request)
         parameters = Parameters(request.rel_url.raw_query_string)
         name = adapter or ""
         if action is _register:
             name = parameters.required("name")
-        return await self._under_alias(request, name, action(self.registry, parameters, name))
-
-    async def _under_alias(self, request: web.Request, name: str, work: Awaitable[Any]) -> Any:
-        """Do it, and let no message call the adapter otherwise than the client does."""
-        shown = request.headers.get(ALIAS_HEADER) or name
-        try:
-            found = await work
-        except LoramillError as error:
-            code = error.status if isinstance(error, HandlerRefused) else code_of(error)
-            if code is None:
-                raise
-            raise Refused(code, _renamed(str(error), name, shown)) from error
-        if not isinstance(found, _Done):
-            return found
-        status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
-        return {"status": status}
+        alias = request.headers.get(ALIAS_HEADER) or None
+        if alias is not None and not alias.isprintable():
+            raise Refused(400, f"The header {ALIAS_HEADER} has something else than text")
+        work = action(registry, parameters, name, alias)
+        return answer(await _under_alias(name, alias or name, work))
 
 
 def is_ours(request: web.Request) -> bool:
@@ -147,12 +127,22 @@ def _route(segments: list[str]) -> tuple[str | None, str | None, dict[str, _Acti
         case ["adapters", adapter, "update"]:
             return model, decoded(adapter), {"POST": _update}
         case _:
-            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
+            raise no_route()
 
 
-async def _expect_no_body(request: web.Request) -> None:
-    if await read_body(request, MAX_BODY_BYTES, BODY_SECONDS):
-        raise Refused(400, "The request has a body; parameters go into the query")
+async def _under_alias(name: str, shown: str, work: Awaitable[Any]) -> Any:
+    """Do it, and let no message call the adapter otherwise than the client does."""
+    try:
+        found = await work
+    except LoramillError as error:
+        refused = refused_for(error)
+        if refused is None:
+            raise
+        raise Refused(refused.code, _renamed(refused.message, name, shown)) from error
+    if not isinstance(found, _Done):
+        return found
+    status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
+    return {"status": status}
 
 
 def _renamed(message: str, name: str, shown: str) -> str:
@@ -164,7 +154,7 @@ def _renamed(message: str, name: str, shown: str) -> str:
 # What can be done.
 
 
-async def _list(registry: Registry, parameters: Parameters, _: str) -> Any:
+async def _list(registry: Registry, parameters: Parameters, _: str, __: str | None) -> Any:
     limit = parameters.number("limit", MAX_PAGE, least=1, most=MAX_PAGE)
     begin = parameters.number("next_page_token", 0, least=0)
     parameters.end()
@@ -173,29 +163,31 @@ async def _list(registry: Registry, parameters: Parameters, _: str) -> Any:
     return page if following is None else {"nextPageToken": str(following), **page}
 
 
-async def _describe(registry: Registry, parameters: Parameters, name: str) -> Any:
+async def _describe(registry: Registry, parameters: Parameters, name: str, _: str | None) -> Any:
     parameters.end()
     return msgspec.to_builtins(await registry.describe(name))
 
 
-async def _register(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _register(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     src = parameters.required("src")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
     said = await registry.register(
-        name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest()
+        name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest(), alias=alias
     )
     return _Done("registered", said)
 
 
-async def _update(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _update(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     src = parameters.take("src")
     if src == "":
         raise Refused(400, "The parameter src is empty")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
-    said = await registry.update(name, src=src, preload=preload, pin=pin, options=parameters.rest())
+    said = await registry.update(
+        name, src=src, preload=preload, pin=pin, options=parameters.rest(), alias=alias
+    )
     return _Done("updated", said)
 
 
-async def _delete(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _delete(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     parameters.end()
-    return _Done("unregistered", await registry.delete(name))
+    return _Done("unregistered", await registry.delete(name, alias=alias))

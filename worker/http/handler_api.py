@@ -7,8 +7,7 @@ its `data`. Of the Output, properties become headers, and code and message the s
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
 from urllib.parse import parse_qsl
 
 from aiohttp import BodyPartReader, web
@@ -18,17 +17,17 @@ from worker.custom.answers import Answer, failure
 from worker.custom.handler import CustomHandler
 from worker.errors import HandlerBusy, HandlerDied
 from worker.http.answers import Refused
-from worker.http.bodies import BROKEN
+from worker.http.bodies import BODY_SECONDS, BROKEN, read_body, too_large, too_slow
+from worker.http.requests import while_there
+from worker.http.streaming import send_pieces
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 64 << 20
-BODY_SECONDS = 60.0
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
 _MODEL_HEADER = "x-amzn-sagemaker-target-model"
 _MOST_PARAMETERS = 1000
-_OURS_ALONE = frozenset({"handler", "batch_size"})
-"""Properties that say which function is called and with how many requests."""
+_OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
+"""Properties that say which function is called, with how many requests, and where."""
 _PRIVATE = frozenset({"authorization"})
 """Headers that are for the worker: its token is among them."""
 _FRAMING = frozenset({
@@ -44,7 +43,7 @@ _FORM = "application/x-www-form-urlencoded"
 class HandlerApi:
     """Asks `handler`, in whatever form a request is."""
 
-    def __init__(self, handler: CustomHandler, max_body_bytes: int = MAX_REQUEST_BYTES) -> None:
+    def __init__(self, handler: CustomHandler, max_body_bytes: int) -> None:
         self._handler = handler
         self._max_body_bytes = max_body_bytes
 
@@ -58,9 +57,10 @@ class HandlerApi:
     async def _ask(self, request: web.Request) -> Answer:
         properties = properties_of(request.headers)
         content = [(name, value.encode()) for name, value in _parameters(request.rel_url.raw_query_string)]
-        content += await _in_time(_sent(request, self._max_body_bytes))
+        content += await _sent(request, self._max_body_bytes)
+        asking = self._handler.call(self._handler.function, properties, tuple(content))
         try:
-            return await self._handler.call(self._handler.function, properties, tuple(content))
+            return await while_there(request, asking)
         except HandlerBusy as error:
             raise Refused(503, str(error)) from error
         except HandlerDied as error:
@@ -89,45 +89,40 @@ def _parameters(query: str) -> list[tuple[str, str]]:
         raise Refused(400, f"The query or form is not UTF-8, or has over {_MOST_PARAMETERS} names") from error
 
 
-async def _in_time(reading: Awaitable[list[tuple[str, bytes]]]) -> list[tuple[str, bytes]]:
+async def _sent(request: web.Request, max_bytes: int) -> list[tuple[str, bytes]]:
+    """What the body holds, by name."""
+    if request.content_type == "multipart/form-data":
+        return await _form(request, max_bytes)
+    body = await read_body(request, max_bytes, BODY_SECONDS)
+    if request.content_type == _FORM:
+        return [(name, value.encode()) for name, value in _parameters(body.decode("utf-8", "replace"))]
+    return [("data", body)]
+
+
+async def _form(request: web.Request, max_bytes: int) -> list[tuple[str, bytes]]:
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await reading
+            return [field async for field in _fields(request, max_bytes)]
     except TimeoutError as error:
-        raise Refused(408, f"The body did not come within {BODY_SECONDS:g} s") from error
+        raise too_slow(BODY_SECONDS) from error
     except (*BROKEN, ValueError) as error:
         raise Refused(400, "The body cannot be read as what its content type says") from error
 
 
-async def _sent(request: web.Request, max_bytes: int) -> list[tuple[str, bytes]]:
-    """What the body holds, by name."""
-    if request.content_type == "multipart/form-data":
-        return [field async for field in _fields(request, max_bytes)]
-    body = bytearray()
-    async for piece in request.content.iter_any():
-        body += piece
-        _limit(len(body), max_bytes)
-    if request.content_type == _FORM:
-        return [(name, value.encode()) for name, value in _parameters(body.decode("utf-8", "replace"))]
-    return [("data", bytes(body))]
-
-
 async def _fields(request: web.Request, max_bytes: int) -> AsyncIterator[tuple[str, bytes]]:
-    total = 0
+    number = 0
     async for part in await request.multipart():
+        number += 1
+        if number > _MOST_PARAMETERS:
+            raise Refused(400, f"The form has over {_MOST_PARAMETERS} parts")
         if not isinstance(part, BodyPartReader):
             raise Refused(400, "The form has another one in it")
-        data = bytearray()
-        while piece := await part.read_chunk():
-            data += piece
-            total += len(piece)
-            _limit(total, max_bytes)
+        data, piece = bytearray(), b"."
+        while piece:
+            data += (piece := await part.read_chunk())
+            if request.content.total_bytes > max_bytes:  # the heads of parts count as well
+                raise too_large(max_bytes)
         yield part.name or "data", bytes(data)
-
-
-def _limit(length: int, most: int) -> None:
-    if length > most:
-        raise Refused(413, f"The body is too large: it may have {most} bytes")
 
 
 def _headers(found: Answer) -> CIMultiDict[str]:
@@ -153,20 +148,6 @@ def _response(found: Answer, body: bytes) -> web.Response:
 
 
 async def _streamed(request: web.Request, found: Answer) -> web.StreamResponse:
-    """Pass pieces on as they come. A stream that breaks off ends the connection, so that it is noticed."""
     assert found.pieces is not None
     response = web.StreamResponse(status=found.status, reason=_reason(found), headers=_headers(found))
-    await response.prepare(request)
-    try:
-        async for piece in found.pieces:
-            await response.write(piece)
-    except ConnectionError:
-        return response  # the client has gone
-    except HandlerDied as error:
-        logger.warning("a stream broke off: %s", error)
-        if request.transport is not None:
-            request.transport.abort()
-        return response
-    with suppress(ConnectionError):
-        await response.write_eof()
-    return response
+    return await send_pieces(request, response, found.pieces)

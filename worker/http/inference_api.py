@@ -9,32 +9,28 @@ GET  /v1/models                 the base model and its adapters
 """
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from worker.errors import EngineFailed, RegistryUnavailable
-from worker.http.answers import Refused, answer, refusal
-from worker.http.bodies import read_body
-from worker.http.calls import Call, Model, Reply
+from worker.http.answers import Refused, answer
+from worker.http.bodies import BODY_SECONDS, read_body
+from worker.http.generation import Call, Generation
 from worker.http.handler_api import HandlerApi
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
+from worker.http.requests import expect_method, expect_ready, no_route, while_there
+from worker.http.streaming import send_pieces
 from worker.metrics import Metrics
 from worker.wire.openai_calls import write_models
 from worker.wire.openai_rows import URLS
 
-logger = logging.getLogger(__name__)
-
 PREFIXES = frozenset({"invocations", "predictions", "ping", "v1"})
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
-_LOOK_SECONDS = 0.2
-"""Between two looks whether the client is there yet."""
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 
 
@@ -44,16 +40,11 @@ class HttpLimits(NamedTuple):
     max_calls: int
     """That are read or at work."""
     max_body_bytes: int
-    body_seconds: float = 30.0
-    """How long a body may take to come."""
+    body_seconds: float = BODY_SECONDS
 
 
 class InferenceApi:
-    """Answers calls for what is in `models`, which are filled in once they are loaded.
-
-    `model` is the name of the one that `/invocations` is for. `not_ready` gives the reason while nothing
-    can be served.
-    """
+    """Answers calls for the model, by `model`, its name. `not_ready` gives the reason while it cannot."""
 
     def __init__(
         self, model: str, limits: HttpLimits, not_ready: Callable[[], str | None], metrics: Metrics
@@ -62,9 +53,10 @@ class InferenceApi:
         self._limits = limits
         self._not_ready = not_ready
         self._metrics = metrics
-        self.models: dict[str, Model] = {}
+        self.generation: Generation | None = None
+        """What answers; set once the model is loaded."""
         self.handler: HandlerApi | None = None
-        """What answers in the place of `models`, where there is one."""
+        """What answers in its place, where there is one."""
         self.is_workflow: Callable[[str], bool] = lambda _: False
         """Whether a name that is no model's is one of a workflow of the worker's model."""
         self.adapters: Callable[[], Awaitable[list[str]]] = _none
@@ -80,20 +72,13 @@ class InferenceApi:
         return segments_of(request)[0] in PREFIXES
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer one request; what is wrong with it is in the answer."""
+        """Answer one request. Raises Refused and LoramillError."""
         try:
             return await self._run(request)
         except Refused as refused:
             if refused.outcome is not None:
                 self._metrics.http_rows.labels(refused.outcome).inc()
-            return refusal(refused)
-        except RegistryUnavailable as error:
-            return refusal(Refused(503, str(error)))
-        except EngineFailed:
-            return refusal(Refused(503, "The worker is not ready: the engine has stopped"))
-        except Exception:
-            logger.exception("a call failed by a mistake of ours")
-            return refusal(Refused(500, "The call failed by a mistake of the worker's; its log has more"))
+            raise
 
     @property
     def idle_seconds(self) -> float:
@@ -108,8 +93,8 @@ class InferenceApi:
         segments, model, shape = segments_of(request), None, None
         match segments:
             case ["ping"] | ["v1", "models"]:
-                _expect_method(request, "GET", "HEAD")
-                self._expect_ready()
+                expect_method(request, "GET", "HEAD")
+                expect_ready(self._not_ready(), self)
                 listed = len(segments) > 1
                 return answer(await self._list() if listed else {"status": "Healthy"})
             case ["invocations"]:
@@ -119,43 +104,46 @@ class InferenceApi:
             case ["v1", *_] if "/" + "/".join(segments) in URLS:
                 shape = URLS["/" + "/".join(segments)]
             case _:
-                raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
-        _expect_method(request, "POST")
+                raise no_route()
+        expect_method(request, "POST")
         if self.handler is not None:
             return await self._handled(request, model, shape, self.handler)
-        reply = await self._call(request, model, shape)
-        for outcome in reply.outcomes:
-            self._metrics.http_rows.labels(outcome).inc()
-        return web.Response(body=reply.body, status=reply.status, content_type=reply.content_type)
+        return await self._call(request, model, shape)
 
     async def _list(self) -> dict[str, Any]:
         return write_models(self._model, await self.adapters())
 
-    async def _call(self, request: web.Request, name: str | None, shape: str | None) -> Reply:
+    async def _call(self, request: web.Request, name: str | None, shape: str | None) -> web.StreamResponse:
         parameters = Parameters(request.rel_url.raw_query_string)
         if name is None and shape is None:
             name = parameters.take("model_name")
         adapter = _adapter(request, parameters.take("adapter"))
         parameters.end()
         content_type = _content_type(request)
-        self._expect_ready()
-        model, workflow = self.models.get(self._model if name is None else name), None
-        if model is None and name is not None and self.is_workflow(name):
-            model, workflow = self.models.get(self._model), name
-        if model is None:
+        generation = expect_ready(self._not_ready(), self.generation)
+        workflow = None if name in {None, self._model} else name
+        if workflow is not None and not self.is_workflow(workflow):
             raise Refused(404, f"The model {name} was not found")
         with self._at_work():
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
-            headers = {key.lower(): value for key, value in request.headers.items()}
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, headers, workflow, shape)
-            return await _while_there(request, model, call)
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape)
+            reply = await while_there(request, generation.answer(call))
+            try:
+                if reply.pieces is None:
+                    return web.Response(body=reply.body, content_type=reply.content_type)
+                response = web.StreamResponse(headers={"Content-Type": reply.content_type})
+                async with aclosing(reply.pieces):
+                    return await send_pieces(request, response, reply.pieces)
+            finally:
+                for outcome in reply.outcomes:
+                    self._metrics.http_rows.labels(outcome).inc()
 
     async def _handled(
         self, request: web.Request, name: str | None, shape: str | None, handler: HandlerApi
     ) -> web.StreamResponse:
-        self._expect_ready()
+        expect_ready(self._not_ready(), handler)
         if shape is not None:
-            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
+            raise no_route()
         if name not in {None, self._model}:
             raise Refused(404, f"The model {name} was not found")
         with self._at_work():
@@ -180,35 +168,9 @@ class InferenceApi:
             if not self.num_calls:
                 self._idle.set()
 
-    def _expect_ready(self) -> None:
-        reason = self._not_ready()
-        if reason is not None:
-            raise Refused(503, f"The worker is not ready: {reason}", headers={"Retry-After": "5"})
-
 
 async def _none() -> list[str]:
     return []
-
-
-async def _while_there(request: web.Request, model: Model, call: Call) -> Reply:
-    """The model's answer; its rows are dropped when the client has gone."""
-    work = asyncio.create_task(model.answer(call), name=f"call-{call.id}")
-    try:
-        while not work.done():
-            await asyncio.wait({work}, timeout=_LOOK_SECONDS)
-            transport = request.transport
-            if not work.done() and (transport is None or transport.is_closing()):
-                raise Refused(499, "The client has gone")  # nobody reads this but the metrics
-        return work.result()
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-
-
-def _expect_method(request: web.Request, *methods: str) -> None:
-    if request.method not in methods:
-        allowed = {"Allow": ", ".join(methods)}
-        raise Refused(405, f"The method {request.method} is not allowed here", headers=allowed)
 
 
 def _adapter(request: web.Request, said_in_query: str | None) -> str | None:

@@ -14,8 +14,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from worker.errors import LoramillError
 from worker.http.adapters_api import AdaptersApi, is_ours
 from worker.http.answers import Refused, refusal
+from worker.http.codes import refused_for
 from worker.http.inference_api import InferenceApi
 from worker.http.paths import segments_of
+from worker.http.requests import no_route
 from worker.http.workflows_api import WorkflowsApi
 from worker.metrics import HTTP_ROUTES, Metrics
 
@@ -123,18 +125,23 @@ def _counting(metrics: Metrics) -> Callable[..., Awaitable[web.StreamResponse]]:
 
 @web.middleware
 async def _in_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """What aiohttp itself refuses, and a mistake of ours, in the words of all other errors."""
+    """What is wrong with a request, or with us, as an answer: also what aiohttp itself refuses."""
     try:
         return await handler(request)
     except web.HTTPNotFound:
-        return refusal(Refused(404, "Requested resource is not found", kind="ResourceNotFoundException"))
+        return refusal(no_route())
     except web.HTTPException as error:
         allowed = error.headers.get("Allow")
         headers = None if allowed is None else {"Allow": allowed}
         return refusal(Refused(error.status, error.reason, headers=headers))
-    except Exception:
-        logger.exception("a request failed by a mistake of ours")
-        return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
+    except Refused as refused:
+        return refusal(refused)
+    except Exception as error:
+        told = refused_for(error)
+        if told is None:
+            logger.exception("a request failed by a mistake of ours")
+            told = Refused(500, "The request failed by a mistake of the worker's; its log has more")
+        return refusal(told)
 
 
 def _sending(
@@ -153,7 +160,7 @@ def _sending(
 async def _refusing_browsers(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """A page from anywhere, in a browser on this machine, may send what it likes to its loopback address."""
     if request.method not in {"GET", "HEAD"} and "Origin" in request.headers:
-        return refusal(Refused(403, "requests of web pages need a bearer token"))
+        raise Refused(403, "requests of web pages need a bearer token")
     return await handler(request)
 
 
@@ -164,8 +171,7 @@ def _asking_for(token: str) -> Callable[..., Awaitable[web.StreamResponse]]:
     async def check(request: web.Request, handler: _Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if request.path not in _OPEN and not hmac.compare_digest(given, expected):
-            refused = Refused(401, "a bearer token is required", headers={"WWW-Authenticate": "Bearer"})
-            return refusal(refused)
+            raise Refused(401, "a bearer token is required", headers={"WWW-Authenticate": "Bearer"})
         return await handler(request)
 
     return check

@@ -9,27 +9,21 @@
 A workflow is called as a model is: `POST /predictions/{name}`, or as the `model` of a job.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from worker.errors import LoramillError
-from worker.http.answers import Refused, answer, refusal
-from worker.http.bodies import read_body
-from worker.http.codes import code_of
+from worker.http.answers import Refused, answer
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
+from worker.http.requests import expect_method, expect_no_body, expect_ready, no_route
 from worker.workflows.definition import Workflow, from_template, read_workflow
 from worker.workflows.registry import Workflows
 
-logger = logging.getLogger(__name__)
-
 PREFIX = "workflows"
 MAX_PAGE = 100
-_BODY_SECONDS = 10.0
 
 Fetch = Callable[[str], Awaitable[Workflow]]
 """Reads the workflow.json at a path or URI. Raises RegistrationError."""
@@ -49,50 +43,29 @@ class WorkflowsApi:
         return segments_of(request)[0] == PREFIX
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer one request; what is wrong with it is in the answer."""
-        try:
-            return answer(await self._run(request))
-        except Refused as refused:
-            return refusal(refused)
-        except LoramillError as error:
-            code = code_of(error)
-            if code is not None:
-                return refusal(Refused(code, str(error)))
-            logger.exception("a request failed by a mistake of ours")
-        except Exception:
-            logger.exception("a request failed by a mistake of ours")
-        return refusal(Refused(500, "The request failed by a mistake of the worker's; its log has more"))
-
-    async def _run(self, request: web.Request) -> Any:
+        """Answer one request. Raises Refused and LoramillError."""
         names = [decoded(segment) for segment in segments_of(request)[1:]]
-        allowed = ("GET", "POST") if not names else ("GET", "DELETE")
         if len(names) > 2:
-            raise Refused(404, "Requested resource is not found", kind="ResourceNotFoundException")
-        if request.method not in allowed:
-            headers = {"Allow": ", ".join(allowed)}
-            raise Refused(405, f"The method {request.method} is not allowed here", headers=headers)
+            raise no_route()
+        expect_method(request, "GET", "DELETE" if names else "POST")
         if self.refusal is not None:
             raise Refused(400, self.refusal)
-        reason = self._not_ready()
-        if reason is not None or self.workflows is None:
-            raise Refused(503, f"The worker is not ready: {reason or 'loading the model'}")
-        if await read_body(request, 0, _BODY_SECONDS):
-            raise Refused(400, "The request has a body; parameters go into the query")
+        workflows = expect_ready(self._not_ready(), self.workflows)
+        await expect_no_body(request)
         parameters = Parameters(request.rel_url.raw_query_string)
         if not names:
             list_or_register = _list if request.method == "GET" else self._register
-            return await list_or_register(self.workflows, parameters)
+            return answer(await list_or_register(workflows, parameters))
         parameters.end()
-        if request.method == "DELETE" and names[0] in self.workflows.failed and len(names) == 1:
-            await self.workflows.delete(names[0])
-            return {"status": f'Model or workflow "{names[0]}" unregistered'}
-        found = self.workflows.describe(names[0])
-        if len(names) > 1 and names[1] != found.version:
-            raise Refused(404, f"The workflow {names[0]} was not found in version {names[1]}")
+        name, *version = names
+        if version or request.method == "GET":
+            found = workflows.describe(name)
+            if version and version[0] != found.version:
+                raise Refused(404, f"The workflow {name} was not found in version {version[0]}")
         if request.method == "GET":
-            return _told(found)
-        await self.workflows.delete(found.name)
-        return {"status": f'Model or workflow "{found.name}" unregistered'}
+            return answer(_told(found))
+        await workflows.delete(name)
+        return answer({"status": f'Model or workflow "{name}" unregistered'})
 
     async def _register(self, workflows: Workflows, parameters: Parameters) -> Any:
         template = parameters.take("template")

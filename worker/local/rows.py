@@ -11,7 +11,6 @@ from worker.bridge import Bridge
 from worker.core import Core, flow_of
 from worker.delivery.inputs import rows_of
 from worker.delivery.rows import Hold, RowRunner
-from worker.delivery.runner import names_of
 from worker.jobs import Job, RowResult
 from worker.local.input import LocalInput
 from worker.settings import Settings
@@ -33,7 +32,7 @@ async def run_rows(
     `on_left` is told now and then how many rows have no result yet; some that have may wait for their turn.
     Raises EngineFailed, InvalidInput when the file was changed, and what `emit` raises.
     """
-    given = msgspec.structs.replace(job.given, base_models=names_of(str(settings.model)))
+    given = msgspec.structs.replace(job.given, base_models=settings.model_names)
     job = msgspec.structs.replace(job, given=given)
     # Nobody uploads anything here: what is not there when a row comes is not waited for.
     adapters = AdapterDirectory(settings.adapters_path if settings.lora_enabled else None, wait_seconds=0)

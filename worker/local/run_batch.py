@@ -12,6 +12,7 @@ import msgspec
 from adapters_sync.layout import resolve
 from worker import wire
 from worker.custom.opening import find_entry_point
+from worker.delivery.commit import provenance
 from worker.errors import InvalidMessage, JobError, LoramillError, SettingsError
 from worker.jobs import Delivery, Job, Output, Part, RowResult, Source
 from worker.local.input import LocalInput, open_input
@@ -158,7 +159,6 @@ def _see_through(
 ) -> Manifest:
     if job.num_rows:
         _compute(interruptible, settings, job, source, output)
-    from worker.messages import provenance  # noqa: PLC0415 (torch)
 
     def summary(file: OutputFile, tally: Tally) -> Manifest:
         return summarize(

@@ -23,7 +23,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from worker.errors import SettingsError
+from worker.errors import SettingsError, StoreRefused
 
 MAX_POLL_SECONDS = 20
 """The longest long poll that SQS allows."""
@@ -72,16 +72,19 @@ class Clients:
 
     polls: Any
     acks: Any
-    objects: Any
 
     def __init__(self, *, connections: int = 32, max_attempts: int = 4) -> None:
         self._connections = connections
         self._max_attempts = max_attempts
         self._stack = AsyncExitStack()
+        self._objects: Any = None
 
     @property
-    def is_open(self) -> bool:
-        return hasattr(self, "objects")
+    def objects(self) -> Any:
+        """Raises StoreRefused when they were never opened: a worker may have nothing to do with AWS."""
+        if self._objects is None:
+            raise StoreRefused("this worker was started without anything in S3")
+        return self._objects
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -109,7 +112,7 @@ class Clients:
         acks = session.client("sqs", config=self._config(read_timeout=6))
         self.acks = await stack.enter_async_context(acks)
         objects = session.client("s3", config=self._config(read_timeout=60))
-        self.objects = await stack.enter_async_context(objects)
+        self._objects = await stack.enter_async_context(objects)
 
     def _config(self, *, read_timeout: float) -> AioConfig:
         return AioConfig(

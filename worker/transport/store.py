@@ -103,11 +103,6 @@ class S3Store(Store):
         self._clients = clients
         self._sleep = sleep
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the clients are there; a worker without anything in AWS does not open them."""
-        return self._clients.is_open
-
     async def put_if_absent(
         self,
         uri: str,

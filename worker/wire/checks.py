@@ -3,11 +3,34 @@
 import functools
 from collections.abc import Collection, Mapping
 from itertools import pairwise
+from typing import Any
 
-from worker.errors import JobError, RowError
-from worker.jobs import Failure
+import msgspec
+
+from worker.errors import InvalidMessage, JobError, RowError
+from worker.jobs import Failure, Task
 
 _SHOWN = 60
+
+
+def parse_object(text: bytes | str) -> dict[str, Any]:
+    """The JSON object that a body is. Raises InvalidMessage."""
+    try:
+        found = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidMessage(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidMessage("the body is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise InvalidMessage("the body is JSON and not an object")
+    return found
+
+
+def read_task(value: object) -> Task:
+    """What is to be done with rows; null counts as absent. Raises InvalidMessage."""
+    if value is not None and (not isinstance(value, str) or value not in list(Task)):
+        raise InvalidMessage(f"task is {show(value)}; it must be generate or score")
+    return Task.GENERATE if value is None else Task(value)
 
 
 def show(value: object) -> str:

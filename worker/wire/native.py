@@ -11,7 +11,7 @@ import msgspec
 from worker.errors import InvalidMessage, JobError
 from worker.jobs import Delivery, Given, Job, Output, Task
 from worker.wire import rows
-from worker.wire.checks import kind, show, unknown
+from worker.wire.checks import kind, parse_object, read_task, show, unknown
 from worker.wire.enqueue import MAX_BODY_BYTES
 from worker.wire.places import read_output
 from worker.wire.rows import read_rows
@@ -52,7 +52,12 @@ def decode(
         job_id = _read_id(body, delivery)
         adapter = adapter_attribute(delivery.attributes)
         output = read_output(body.get("output"), output_prefixes)
-        task = _read_task(body.get("task"), output)
+        task = read_task(body.get("task"))
+        if task is Task.SCORE and output.format != "native":
+            raise InvalidMessage(
+                f"task is score and output.format is {output.format}, which has no place for scores; "
+                "it must be native"
+            )
         workflow = read_model(body.get("model"), base_models)
         created_at = delivery.sent_at or now
         ttl = _read_ttl(body.get("ttl_seconds"))
@@ -122,13 +127,7 @@ def _parse(delivery: Delivery, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any
         raise InvalidMessage("the body or an attribute cannot be written as UTF-8") from error
     if size > max_bytes:
         raise InvalidMessage(f"the message has {size} bytes; it may have {max_bytes}")
-    try:
-        body = msgspec.json.decode(delivery.body)
-    except msgspec.DecodeError as error:
-        raise InvalidMessage(f"the body is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise InvalidMessage("the body is JSON and not an object")
-    return body
+    return parse_object(delivery.body)
 
 
 def _check_names(body: Mapping[str, Any]) -> None:
@@ -155,19 +154,6 @@ def _read_id(body: Mapping[str, Any], delivery: Delivery) -> str:
             f"id is {show(job_id)}; it must be 1 to 128 of A-Z a-z 0-9 . _ -, and not . or .."
         )
     return job_id
-
-
-def _read_task(value: object, output: Output) -> Task:
-    if value is None:
-        return Task.GENERATE
-    if not isinstance(value, str) or value not in list(Task):
-        raise InvalidMessage(f"task is {show(value)}; it must be generate or score")
-    if value == Task.SCORE and output.format != "native":
-        raise InvalidMessage(
-            f"task is score and output.format is {output.format}, which has no place for scores; "
-            "it must be native"
-        )
-    return Task(value)
 
 
 def read_model(value: object, base_models: Collection[str] | None) -> str | None:

@@ -137,7 +137,10 @@ def _read_model(draft: Draft, value: object, shape: str) -> None:
     draft.origin = Origin(format="openai", shape=shape, model=value)
     known = draft.given.base_models
     is_base = value in known if known is not None else "/" in value
-    draft.read_adapter(draft.given.adapter if is_base else value, "body.model")
+    if is_base:
+        draft.read_adapter(draft.given.adapter, "adapters")
+    else:
+        draft.read_adapter(value, "body.model")
 
 
 def _check_names(said: Mapping[str, Any], known: Collection[str]) -> None:

@@ -194,8 +194,8 @@ class _Order:
         if isinstance(said, str):
             self._define(said)
             return said
-        inner = f"{name}()"  # no name in JSON is likely to be this; one that is would be seen as a circle
-        if inner in self._values or inner in self._calls:
+        inner = f"{name}()"
+        if inner in self._values:
             raise InvalidWorkflow(f"workflow.{inner} has a name that is taken")
         self._apply(inner, said)
         return inner

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from worker.errors import InvalidWorkflow, ObjectNotFound, RegistryUnavailable, StoreRefused, StoreUnavailable
+from worker.adapters.places import path_of_url, reading
+from worker.errors import InvalidWorkflow
 from worker.transport.store import Store
 from worker.workflows.definition import MAX_BYTES, Workflow, read_workflow
 
@@ -19,22 +20,16 @@ _S3 = "s3://"
 async def fetch_workflow(url: str, store: Store) -> Workflow:
     """Read the workflow at `url`; a folder stands for the FILE in it.
 
-    Adapters and models that it names by relative paths are those beside it. Raises InvalidWorkflow, and
+    Adapters and models that it names by relative paths are those beside it. Raises InvalidRegistration, and
     RegistryUnavailable when the store cannot be reached.
     """
     if url.startswith(_S3):
         place = url if url.endswith(".json") else f"{url.rstrip('/')}/{FILE}"
-        try:
+        with reading(f"url is {url!r}", InvalidWorkflow):
             content, _ = await store.get(place, max_bytes=MAX_BYTES)
-        except ObjectNotFound as error:
-            raise InvalidWorkflow(f"url is {url!r}; there is no {place}") from error
-        except StoreRefused as error:
-            raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error}") from error
-        except StoreUnavailable as error:
-            raise RegistryUnavailable(str(error)) from error
         return _placed(read_workflow(content), place.rpartition("/")[0])
     try:
-        place, content = await asyncio.to_thread(_read, url.removeprefix("file://"))
+        place, content = await asyncio.to_thread(_read, path_of_url(url, "url"))
     except OSError as error:
         raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error.strerror}") from error
     return _placed(read_workflow(content), place)

@@ -7,6 +7,7 @@ version are. One that names another model is refused, since its rows would be an
 import asyncio
 import logging
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from worker.errors import (
     ModelNotFound,
     RegistrationError,
     StorageFull,
+    UnknownAdapter,
     UnknownWorkflow,
 )
 from worker.workflows.definition import Workflow
@@ -58,30 +60,23 @@ class Workflows:
         self._changing = asyncio.Lock()
 
     def find(self, name: str) -> Workflow:
-        """Raises ModelNotFound."""
-        found = self._workflows.get(name)
-        if found is None and name in self._failed:
-            raise ModelNotFound(f"The workflow {name} cannot be served: {self._failed[name].reason}")
-        if found is None:
-            raise ModelNotFound(f"The model {name} was not found")
-        return found
+        """Raises ModelNotFound, with the reason for one that cannot be served."""
+        return self._get(name, ModelNotFound, "model")
+
+    def describe(self, name: str) -> Workflow:
+        """Raises UnknownWorkflow, likewise."""
+        return self._get(name, UnknownWorkflow, "workflow")
 
     def knows(self, name: str) -> bool:
         """Whether `find` has more to say of a name than that it is none."""
         return name in self._workflows or name in self._failed
 
-    def describe(self, name: str) -> Workflow:
-        """Raises UnknownWorkflow."""
-        found = self._workflows.get(name)
-        if found is None and name in self._failed:
-            raise UnknownWorkflow(f"The workflow {name} cannot be served: {self._failed[name].reason}")
-        if found is None:
-            raise UnknownWorkflow(f"The workflow {name} was not found")
-        return found
-
-    def serves(self, name: str) -> bool:
-        """Whether a workflow of this name answers."""
-        return name in self._workflows
+    def _get(self, name: str, error: type[LoramillError], what: str) -> Workflow:
+        if name in self._failed:
+            raise error(f"The workflow {name} cannot be served: {self._failed[name].reason}")
+        if name not in self._workflows:
+            raise error(f"The {what} {name} was not found")
+        return self._workflows[name]
 
     @property
     def names(self) -> list[str]:
@@ -134,19 +129,22 @@ class Workflows:
         await self.register(workflow)
 
     async def delete(self, name: str) -> None:
-        """Raises RegistrationError. Rows that began with one of its adapters end with that.
+        """Raises RegistrationError, and then it is there as it was, but for adapters that are gone already.
 
-        One that cannot be served may be deleted too.
+        Rows that began with one of its adapters end with that. One that cannot be served may be deleted too.
         """
         async with self._changing:
-            failed = self._failed.get(name)
-            workflow = self.describe(name) if failed is None else failed.workflow
-            if workflow is not None:
-                await self._forget([workflow.adapter_name(key) for key in workflow.adapters])
+            workflow = self._failed[name].workflow if name in self._failed else self.describe(name)
+            if workflow is not None and self._adapters is not None:
+                for key in workflow.adapters:
+                    with suppress(UnknownAdapter, AdapterTaken):  # gone; the folder may have the name now
+                        await self._adapters.delete(workflow.adapter_name(key))
+            try:
+                await asyncio.to_thread(_unlink, self._folder, name)
+            except OSError as error:
+                raise StorageFull(f"The workflow {name} cannot be forgotten: {error}") from error
             self._workflows.pop(name, None)
             self._failed.pop(name, None)
-            if self._folder is not None:
-                (self._folder / f"{name}.json").unlink(missing_ok=True)
         logger.info("workflow unregistered", extra={"workflow": name})
 
     async def _register(self, workflow: Workflow) -> None:
@@ -210,10 +208,10 @@ class Workflows:
                 versions[source.version] = workflow.name
 
     async def _forget(self, names: Iterable[str]) -> None:
-        assert self._adapters is not None or not names
+        """Take back what was registered for a workflow that is not."""
         for name in names:
+            assert self._adapters is not None
             try:
-                assert self._adapters is not None
                 await self._adapters.delete(name)
             except RegistrationError as error:
                 logger.warning(
@@ -246,3 +244,8 @@ def _read(path: Path) -> Workflow | None:
 def _write(folder: Path | None, workflow: Workflow) -> None:
     if folder is not None:
         replace_file(folder / f"{workflow.name}.json", msgspec.json.encode(workflow))
+
+
+def _unlink(folder: Path | None, name: str) -> None:
+    if folder is not None:
+        (folder / f"{name}.json").unlink(missing_ok=True)
