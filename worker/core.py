@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from worker.delivery.flow import FlowControl
-from worker.engine.adapter import Target
-from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.adapters.adapter import Target
+from worker.engine.adapters.loader import AdapterLoader
+from worker.engine.adapters.tokenizers import AdapterTokenizers
 from worker.engine.base_model import BaseModel, degree_of, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.kernels.tilings import Tuner

@@ -28,7 +28,7 @@ from worker.custom.opening import find_entry_point, make_handler
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
 from worker.delivery.rows import RowRunner
-from worker.engine.adapter import Target
+from worker.engine.adapters.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
 from worker.errors import LoramillError, SettingsError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.adapters.loader import AdapterLoader
+from worker.engine.adapters.tokenizers import AdapterTokenizers
 from worker.engine.base_model import BaseModel, load_base_model
 from worker.engine.cache_size import CacheShape
 from worker.engine.engine import Engine, StepStats

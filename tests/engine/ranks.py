@@ -11,9 +11,9 @@ import torch
 
 from tests.engine.harness import Harness
 from worker.engine.base_model import BaseModel
+from worker.engine.cuts import Rank
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel.channel import Channel
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.follower import Follower, ToldTuner
 from worker.engine.parallel.group import Group
 from worker.engine.parallel.leader import Followers, LeadingExecutor, LeadingTuner, Processes

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import parity, tiny
 from tests.engine.harness import Harness
-from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE
+from worker.engine.adapters.loader import CONFIG_FILE, WEIGHTS_FILE
 from worker.engine.cache_size import CacheShape
 from worker.engine.fingerprints import fingerprints
 from worker.engine.projections import Projection

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from worker.engine import lora_layers
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_layers import LoRALayers, measure_costs
 from worker.engine.lora_ops import add_lora_reference, choose_rows, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Shape, Way, cheapest, merge_runs, seconds

@@ -9,7 +9,7 @@ from torch import nn
 from tests import tiny
 from tests.engine.harness import Harness
 from worker.engine import merging
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.merging import LoRAMode, Merging
 from worker.engine.products import make_product
 from worker.engine.projections import Projection

@@ -10,7 +10,7 @@ from tests import tiny
 from tests.engine.harness import Harness
 from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_layers
-from worker.engine.adapter import Change, LoRAPair, LoRAWeights, Vocabulary
+from worker.engine.adapters.adapter import Change, LoRAPair, LoRAWeights, Vocabulary
 from worker.engine.cache_size import CacheShape
 from worker.engine.kv_cache import Leftover
 from worker.engine.lora_plan import Way
@@ -299,7 +299,8 @@ def test_a_plan_that_is_not_followed_is_refused(llama, monkeypatch):
 
 
 def test_a_share_that_computes_something_else_is_found_at_the_start(llama, monkeypatch):
-    from worker.engine.parallel import cuts, share
+    from worker.engine import cuts
+    from worker.engine.parallel import share
 
     def wrong(module, cut, rank):
         cuts.cut_module(module, cut, rank)

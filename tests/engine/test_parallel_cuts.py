@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
+from worker.engine.cuts import Cut, Rank, Side, cut_module, cut_pair
 from worker.engine.executor import PackedRow
 from worker.engine.kernels.tilings import Fit, Work, default_tiling
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.lora_plan import Costs
 from worker.engine.parallel import orders
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_pair
 from worker.engine.parallel.share import Share
 from worker.jobs import AdapterKey
 

@@ -21,7 +21,7 @@ from worker import wire
 from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core
-from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.adapters.tokenizers import AdapterTokenizers
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
@@ -144,7 +144,7 @@ def test_trouble_of_the_disk_says_nothing_about_a_tokenizer(core, base, tmp_path
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", broken)
+        patch.setattr("worker.engine.adapters.tokenizers.AutoTokenizer.from_pretrained", broken)
         with pytest.raises(OSError, match="Too many open files"):
             core.tokenizers.read(tmp_path / "one")
     assert core.tokenizers.read(tmp_path / "one") is not None
@@ -236,7 +236,7 @@ def test_many_threads_load_a_kind_once_and_others_do_not_wait(base, tmp_path, mo
         assert folder.name == "quick" or go.wait(60)
         return load(folder, **options)
 
-    monkeypatch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", loading)
+    monkeypatch.setattr("worker.engine.adapters.tokenizers.AutoTokenizer.from_pretrained", loading)
     with ThreadPoolExecutor(3) as pool:
         slow = [pool.submit(tokenizers.read, tmp_path / "slow") for _ in range(2)]
         assert pool.submit(tokenizers.read, tmp_path / "quick").result(60) is not None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import Target
+from worker.engine.adapters.adapter import Target
 from worker.engine.projections import features, is_linear
 
 

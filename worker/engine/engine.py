@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from worker.engine.adapter import LoRAWeights, Vocabulary
+from worker.engine.adapters.adapter import LoRAWeights, Vocabulary
 from worker.engine.base_model import BaseModel
 from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.changes.slots import ChangeStep, ModuleChanges
 from worker.engine.kv_cache import BlockCopy, Leftover
-from worker.engine.module_changes import ChangeStep, ModuleChanges
 from worker.engine.projections import Projection
 from worker.engine.rope import scaled_positions
 from worker.engine.transfer import to_device

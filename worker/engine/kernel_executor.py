@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from worker.engine.attention_kernels import KernelAttentionPlan
+from worker.engine.changes.slots import ModuleChanges
 from worker.engine.executor import Inputs, LocalExecutor, PackedRow
 from worker.engine.graphs import Capture, DecodeGraphs, Reads, fitting_size
 from worker.engine.kernels.lora import TokenTiles
 from worker.engine.lora_kernels import KernelLoRALayers, KernelLoRAStep
-from worker.engine.module_changes import ModuleChanges
 
 
 class KernelExecutor(LocalExecutor):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
 from worker.engine.lora_ops import add_stack, collected, expand_stack, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
 from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries, every_row

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAWeights, Target
+from worker.engine.adapters.adapter import LoRAWeights, Target
 from worker.engine.attention import PackedAttention
 from worker.engine.base_model import BaseModel
 from worker.engine.cache_size import CacheShape, choose_cache_shape
+from worker.engine.changes.slots import ModuleChanges
 from worker.engine.discovery import Discovery, discover
 from worker.engine.executor import Executor, HostExecutor, LocalExecutor, PackedRow
 from worker.engine.kernels.tilings import Tuner
@@ -20,7 +21,6 @@ from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.merging import LoRAMode, Merging
-from worker.engine.module_changes import ModuleChanges
 from worker.engine.pages import give_back_freed
 from worker.engine.parallel.share import Share
 from worker.engine.projections import Projection, tied_weights

@@ -4,11 +4,11 @@ import torch
 
 from worker.engine.base_model import BaseModel, load_outline, resolve_device
 from worker.engine.cache_size import CacheShape
+from worker.engine.cuts import Rank, plan_cuts
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import ModelRunner
 from worker.engine.pages import give_back_freed
-from worker.engine.parallel.cuts import Rank, plan_cuts
 from worker.engine.parallel.share import Share
 from worker.engine.proof import Expected, expect
 from worker.engine.setup import Setup, limits_of, load_model

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from worker.engine.cuts import Rank
 from worker.engine.executor import Executor
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.parallel import orders
 from worker.engine.parallel.build import build_runner, load
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ from typing import Protocol
 
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
+from worker.engine.cuts import Rank
 from worker.engine.executor import Executor, PackedRow
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.parallel import orders
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.share import Share
 from worker.errors import EngineFailed
 

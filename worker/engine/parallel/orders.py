@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.executor import PackedRow
 from worker.engine.kernels.tilings import Fit, Tiling, Work
 from worker.engine.kv_cache import BlockCopy, Leftover

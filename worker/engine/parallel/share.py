@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import LoRAWeights, Target
-from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_weights, plan_cuts
+from worker.engine.adapters.adapter import LoRAWeights, Target
+from worker.engine.cuts import Cut, Rank, Side, cut_module, cut_weights, plan_cuts
 from worker.engine.parallel.group import Group
 from worker.engine.projections import Exchange, LoRAShare, features
 

@@ -13,13 +13,13 @@ import torch
 
 from worker.child import child_command
 from worker.engine.base_model import BaseModel
+from worker.engine.cuts import Rank
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel import orders
 from worker.engine.parallel.build import build_runner, device_of, load
 from worker.engine.parallel.channel import Channel
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
 from worker.engine.parallel.leader import Followers, LeadingExecutor, LeadingTuner, Processes, first_failure
 from worker.engine.setup import Setup, limits_of

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import Change, LoRAPair, LoRAWeights, Target
-from worker.engine.changed_modules import (
+from worker.engine.adapters.adapter import Change, LoRAPair, LoRAWeights, Target
+from worker.engine.changes.kinds import (
     ChangedEmbedding,
     ChangedHead,
     ChangedLinear,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from worker.engine.adapter import Change, LoRAPair, Rows
+from worker.engine.adapters.adapter import Change, LoRAPair, Rows
 from worker.engine.projections import Projection
 
 _ROWS_AT_ONCE = 8192

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import Change, LoRAPair, Rows
-from worker.engine.adapter_plan import Plan, Role
+from worker.engine.adapters.adapter import Change, LoRAPair, Rows
+from worker.engine.adapters.plan import Plan, Role
 from worker.engine.fingerprints import fingerprints
 from worker.errors import AdapterInvalid
 

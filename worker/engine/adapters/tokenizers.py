@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from worker.engine.adapter_config import CONFIG_FILE
+from worker.engine.adapters.config import CONFIG_FILE
 from worker.engine.chat_templates import ChatTemplates
 from worker.engine.tokenizer import Tokenizer, patterns_of
 from worker.errors import AdapterInvalid
