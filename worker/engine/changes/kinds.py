@@ -16,7 +16,6 @@ from worker.engine.projections import Projection
 
 _ROWS_AT_ONCE = 8192
 
-
 Gains = MutableMapping[torch.Tensor, torch.Tensor]
 """What DoRA multiplies each row by, float32, by the magnitudes: both on the host."""
 
@@ -46,19 +45,19 @@ def find_gains(
     (https://huggingface.co/papers/2402.09353). A row's is `sqrt(|w|^2 + 2 b (A w) + b (A A^T) b)`, so that
     the weights themselves need not be kept. One product multiplies them by all A's.
     """
+    columns = projection.columns
     wanted = [
-        (columns, change.magnitude, pair)
+        (columns[number], change.magnitude, pair)
         for number, (change, pair) in changes.items()
         if pair is not None and change.magnitude is not None and change.magnitude not in gains
-        for columns in (projection.columns[number],)
     ]
     if not wanted:
         return
     a = torch.cat([pair.a for *_, pair in wanted])
     along = projection.multiply(_moved(a, projection.device).to(projection.dtype))
     parts = torch.split(along, [pair.rank for *_, pair in wanted])
-    for (columns, magnitude, pair), part in zip(wanted, parts, strict=True):
-        gains[magnitude] = _gain(magnitude, pair, projection.row_norms[columns], part[:, columns]).cpu()
+    for (own, magnitude, pair), part in zip(wanted, parts, strict=True):
+        gains[magnitude] = _gain(magnitude, pair, projection.row_norms[own], part[:, own]).cpu()
 
 
 def change_linear(
