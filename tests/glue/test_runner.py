@@ -25,7 +25,7 @@ from tests.glue.support import (
     until,
 )
 from worker.adapters.directory import AdapterDirectory
-from worker.delivery.rows import RowRunner
+from worker.delivery.rows import EngineRows
 from worker.delivery.runner import backoff_seconds
 from worker.errors import EngineFailed, LeaseLost, QueueRefused, QueueUnavailable, StoreUnavailable
 from worker.jobs import Completion, FinishReason, InferenceRequest
@@ -290,7 +290,7 @@ class LettersTokenizer:
         return tuple(text.encode())
 
 
-def row_runner(world: World, bridge: Any, *, max_at_once: int = 8, folder: Path | None = None) -> RowRunner:
+def row_runner(world: World, bridge: Any, *, max_at_once: int = 8, folder: Path | None = None) -> EngineRows:
     adapters = AdapterDirectory(folder, 30.0, clock=world.clock, sleep=world.clock.sleep)
     tokenizer: Any = LettersTokenizer()
     return make_runner(bridge, tokenizer, adapters, max_rows=max_at_once, clock=world.clock)

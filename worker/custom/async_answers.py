@@ -7,7 +7,7 @@ failed. Its data is the answer, or the next piece of it. Runs in the handler's o
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from worker.custom.package.djl_python import Output, PairList
 
@@ -29,7 +29,7 @@ def as_whole(answer: Output) -> Output:
     return answer if pairs is None else _whole(answer, _said(pairs))
 
 
-async def as_stream(outputs: AsyncGenerator[object, None]) -> Output:
+async def as_stream(outputs: AsyncGenerator[object, Any]) -> Output:
     """The answer that is meant by a generator: its first Output's properties, and a stream.
 
     It is whole when the first is the last, or a failure. Raises TypeError for what is no Output.
@@ -44,7 +44,7 @@ async def as_stream(outputs: AsyncGenerator[object, None]) -> Output:
     return first.add_stream_content(_pieces(said, outputs), None)
 
 
-async def _pieces(said: _Said, outputs: AsyncGenerator[object, None]) -> AsyncGenerator[bytes, None]:
+async def _pieces(said: _Said, outputs: AsyncGenerator[object, Any]) -> AsyncGenerator[bytes, None]:
     async with aclosing(outputs):
         while True:
             if said.code is not None:
@@ -56,7 +56,7 @@ async def _pieces(said: _Said, outputs: AsyncGenerator[object, None]) -> AsyncGe
             said = _read(following)
 
 
-async def _next(outputs: AsyncGenerator[object, None]) -> Output | None:
+async def _next(outputs: AsyncGenerator[object, Any]) -> Output | None:
     output = await anext(outputs, None)
     if output is not None and not isinstance(output, Output):
         raise TypeError(f"Invalid output type: {type(output)}")

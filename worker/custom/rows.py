@@ -1,6 +1,5 @@
 """The rows of a job, each through a custom handler to its result: as `delivery.rows` for the engine."""
 
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from worker.custom.answers import Answer
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
 from worker.delivery.flow import FlowControl
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold, RowRunner
 from worker.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -49,13 +48,9 @@ class HandlerRows(RowRunner):
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        # No model and no tokenizer here: of what RowRunner has only its counting and its turns are used.
+        super().__init__(flow, clock)
         self._handler = handler
         self._known = adapters
-        self._flow = flow
-        self._clock = clock
-        self._numbers = itertools.count()
-        self._holds: set[Hold] = set()
 
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         if row.failure is not None:
