@@ -219,7 +219,7 @@ async def _registered(
     if not settings.lora_enabled or folder is None or place is None:
         return None
     shelf = VersionShelf(place, mirrored=folder, limits=Limits(rank=settings.max_lora_rank))
-    registry = AdapterRegistry(folder, shelf, bridge)
+    registry = AdapterRegistry(folder, shelf, bridge, max_rank=settings.max_lora_rank)
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry

@@ -173,6 +173,7 @@ def test_a_bad_folder_is_told_of_and_blinds_nobody_to_the_others(tmp_path, caplo
     os.mkfifo(folder / "pipe")  # nobody writes to it: it must not be read
     put(tmp_path, "no name")
     (tmp_path / "adapters" / "nowhere").symlink_to("gone")
+    put(tmp_path, os.fsdecode(b"\xff"))
 
     async def play():
         async with adapters_of(tmp_path) as (handler, adapters):
@@ -189,10 +190,11 @@ def test_a_bad_folder_is_told_of_and_blinds_nobody_to_the_others(tmp_path, caplo
     assert texts == [b"goodx", b"oddx", b"dynno namex"]
     assert (notes.pop("good"), notes.pop("odd")) == (None, None)
     assert "does not match" in notes["no name"]
+    assert "does not match" in notes["?"]
     assert "No such file" in notes["nowhere"]
     assert trouble is None
     told = [record for record in caplog.records if record.message == "an adapter cannot be used"]
-    assert sorted(record.adapter for record in told) == ["no name", "nowhere"]
+    assert sorted(record.adapter for record in told) == ["?", "no name", "nowhere"]
 
 
 def test_a_version_is_of_the_content_and_of_all_of_it(tmp_path) -> None:
