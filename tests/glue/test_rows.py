@@ -32,7 +32,7 @@ class Answering:
         self.failure = failure
         self.params: list[SamplingParams] = []
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         params = request.params
         self.params.append(params)
         known = None if self.failure else -2.5  # a row that failed may have some of its details

@@ -260,7 +260,7 @@ class HangingBridge:
         self.dropped: list[str] = []
         self.failure: BaseException | None = None
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         self.requests[request.id] = request
         try:
             if self.failure is not None:
@@ -275,7 +275,7 @@ class HangingBridge:
 class AnsweringBridge:
     """In the place of Bridge: answers at once, or with what `answer` makes of the request."""
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         return Completion(
             request_id=request.id,
             text="ok",
