@@ -128,6 +128,22 @@ def test_a_source_that_cannot_be_had_is_told_as_what_it_is(tmp_path, raised, ans
     assert copies(tmp_path) == set()
 
 
+def test_a_folder_that_cannot_be_read_is_no_source(tmp_path, monkeypatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("worker.custom.adapters.version_of", denied)
+
+    async def play():
+        async with worker_of(tmp_path, Bucket()) as (_, adapters):
+            with pytest.raises(
+                InvalidRegistration, match="which cannot be read: .*Permission denied: '/my src'"
+            ):
+                await adapters.register("a", "file:///my%20src")
+
+    asyncio.run(play())
+
+
 def test_a_copy_stays_as_long_as_the_handler_is_told_of_it(tmp_path) -> None:
     async def play():
         bucket = Bucket()
