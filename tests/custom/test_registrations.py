@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_read_is_no_source(tmp_path, monkeypatch) -> Non
     async def play():
         async with worker_of(tmp_path, Bucket()) as (_, adapters):
             with pytest.raises(
-                InvalidRegistration, match="which cannot be read: .*Permission denied: '/my src'"
+                InvalidRegistration, match=r"which cannot be read: .*Permission denied: '/my src'"
             ):
                 await adapters.register("a", "file:///my%20src")
 
