@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from worker.custom.handler import CustomHandler
 from worker.custom.opening import find_entry_point, make_handler
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
-from worker.delivery.rows import RowRunner
+from worker.delivery.row_runner import RowRunner
+from worker.delivery.rows import EngineRows
 from worker.engine.adapters.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
@@ -84,6 +85,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         await asyncio.to_thread(find_entry_point, settings, settings.model_dir or Path(weights))  # says so
     core = await stack.enter_async_context(_core(settings, weights))
     await asyncio.to_thread(_tell_mirrors, settings, core.targets)
+    outlasting = stack.enter_context(ExitStack())  # the bridge: its end is what late calls should be told of
     bridge = await stack.enter_async_context(
         Bridge(
             core.engine,
@@ -102,7 +104,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         on_missing=mirror.wake if mirror is not None else lambda: None,
         registered=registered.find if registered is not None else lambda _: None,
     )
-    rows = RowRunner(
+    rows = EngineRows(
         bridge,
         core.base.tokenizer,
         adapters,
@@ -110,6 +112,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         own_tokenizer=core.tokenizers.of,
         workflow=workflows.find,
     )
+    outlasting.callback(rows.close)
     if registered is not None:
         place.calls.adapters = registered.names
     place.calls.generation = _generation(settings, rows, workflows)
@@ -216,7 +219,7 @@ async def _registered(
     if not settings.lora_enabled or folder is None or place is None:
         return None
     shelf = VersionShelf(place, mirrored=folder, limits=Limits(rank=settings.max_lora_rank))
-    registry = AdapterRegistry(folder, shelf, bridge)
+    registry = AdapterRegistry(folder, shelf, bridge, max_rank=settings.max_lora_rank)
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry
@@ -240,7 +243,7 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
     return workflows
 
 
-def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Generation:
+def _generation(settings: Settings, rows: EngineRows, workflows: Workflows) -> Generation:
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
     return Generation(rows.answer, limits, settings.model_names, workflows.knows)

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 
 from adapters_sync.layout import AdapterFolder
-from worker.adapters.folder_view import Ranks
+from worker.adapters.folder_view import Checks
 from worker.adapters.registrations import Registration
 from worker.adapters.residents import Loader, key_of
 
@@ -33,18 +33,18 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Teller:
     """Asks `loader` about adapters in memory, and the files about the rest."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, max_rank: int | None = None) -> None:
         self._loader = loader
-        self._ranks = Ranks()
+        self._checks = Checks(max_rank)
 
     async def tell(
         self, said: Registration, src: str, folder: AdapterFolder | None, note: str | None
     ) -> AdapterInfo:
         """All about one adapter. `folder` None is one whose version on the disk cannot be used."""
         details = None if folder is None else self._loader.details(key_of(folder))
-        rank = None if details is None else details.rank
+        rank, fault = (None if details is None else details.rank), None
         if rank is None and folder is not None:
-            rank = await asyncio.to_thread(self._ranks.of, folder)
+            rank, fault = await asyncio.to_thread(self._checks.of, folder)
         return AdapterInfo(
             name=said.name,
             src=src,
@@ -56,5 +56,5 @@ class Teller:
             rank=rank,
             bytes=None if details is None else details.num_bytes,
             requests=None if folder is None else self._loader.requests(key_of(folder)),
-            note=note,
+            note=note or fault,
         )

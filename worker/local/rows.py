@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 
 import msgspec
 
@@ -10,7 +10,8 @@ from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core, flow_of
 from worker.delivery.inputs import rows_of
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold
+from worker.delivery.rows import EngineRows
 from worker.jobs import Job, RowResult
 from worker.local.input import LocalInput
 from worker.settings import Settings
@@ -38,8 +39,8 @@ async def run_rows(
     adapters = AdapterDirectory(settings.adapters_path if settings.lora_enabled else None, wait_seconds=0)
     async with Bridge(core.engine, core.store, max_passed_over=settings.max_passed_over) as bridge:
         flow = flow_of(settings, core)
-        runner = RowRunner(bridge, core.base.tokenizer, adapters, flow, own_tokenizer=core.tokenizers.of)
-        with runner.hold() as hold:
+        runner = EngineRows(bridge, core.base.tokenizer, adapters, flow, own_tokenizer=core.tokenizers.of)
+        with closing(runner), runner.hold() as hold:
             hold.take(job)
             async with _telling(hold, on_left), aclosing(rows_of(job, source)) as rows:
                 await runner.run(hold, rows, lambda result: result, emit)
