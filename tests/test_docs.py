@@ -94,7 +94,9 @@ def test_the_line_has_the_fields_of_a_result_line() -> None:
     assert wire.tally(encoded).completed == 1
     from worker.wire.results import ResultLine
 
-    assert list(line) == [name for name in ResultLine.__struct_fields__ if name != "details"]
+    assert list(line) == [
+        name for name in ResultLine.__struct_fields__ if name not in {"details", "response"}
+    ]
 
 
 def test_the_job_by_reference_is_one_that_the_worker_takes() -> None:

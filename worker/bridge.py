@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 
 from adapters_sync.layout import AdapterFolder
 from worker.adapters.room import AdapterRoom
-from worker.engine.adapter_loader import weights_bytes
+from worker.engine.adapters.loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore
 from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, OutOfMemory, RowFailed

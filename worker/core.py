@@ -8,18 +8,19 @@ import torch
 import transformers
 
 from worker.delivery.flow import FlowControl
-from worker.engine.adapter import Target
-from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.adapter_tokenizers import AdapterTokenizers
-from worker.engine.base_model import BaseModel, degree_of, load_base_model, resolve_device
+from worker.engine.adapters.adapter import Target
+from worker.engine.adapters.loader import AdapterLoader
+from worker.engine.adapters.tokenizers import AdapterTokenizers
+from worker.engine.base_model import BaseModel, degree_of, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.kernels.tilings import Tuner
-from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import measure_costs
 from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
 from worker.engine.model_runner import ModelRunner
-from worker.engine.products import product_dtype
+from worker.engine.parallel.start import start
+from worker.engine.proof import expect
+from worker.engine.setup import Setup, limits_of, load_model
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -47,18 +48,26 @@ def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
-    degree = degree_of(settings.tensor_parallel_degree, device)
-    if degree == 1:
-        base, runner = _build_alone(settings, weights, device)
+    on_gpu = device.type == "cuda"
+    setup = _setup(settings, weights, degree_of(settings.tensor_parallel_degree, device))
+    tuner = _tuner(settings, device) if setup.adapters and on_gpu else None
+    measure = measure_costs if setup.adapters and not on_gpu else None
+    if setup.degree > 1:
+        base, runner = start(setup, tuner=tuner, measure=measure)
     else:
-        base, runner = _build_with_others(settings, weights, device, degree)
+        base = load_model(setup, device)
+        limits = limits_of(setup, base)
+        costs = None if measure is None else measure(limits.lora_dtype)
+        expected = expect(base, adapters=setup.adapters)
+        share = setup.memory_share
+        runner = ModelRunner(base, limits, memory_share=share, costs=costs, tuner=tuner, expected=expected)
     tokenizers = AdapterTokenizers(base.tokenizer)
     store = LoRAStore(
         AdapterLoader(
             runner.targets,
             max_lora_rank=settings.max_lora_rank,
-            dtype=_lora_dtype(settings, base),
-            pin=device.type == "cuda",
+            dtype=runner.limits.lora_dtype,
+            pin=on_gpu,
             rope=base.rope,
             lora_extra_vocab_size=settings.lora_extra_vocab_size,
             least_tokens=base.tokenizer.num_tokens,
@@ -72,17 +81,11 @@ def build_core(settings: Settings, weights: str) -> Core:
     )
     engine = Engine(
         runner,
-        base.tokenizer,
+        base,
         store.weights,
-        eos_token_ids=base.eos_token_ids,
-        max_model_len=base.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
         prefix_reuse=settings.prefix_reuse,
         max_passed_over=settings.max_passed_over,
-        look_ahead=device.type == "cuda",
-        rope=base.rope,
+        look_ahead=on_gpu,
     )
     logger.info(
         "model loaded",
@@ -98,41 +101,8 @@ def build_core(settings: Settings, weights: str) -> Core:
     return Core(base, engine, store, tokenizers, runner.targets, tokens, runner.close)
 
 
-def _build_alone(settings: Settings, weights: str, device: torch.device) -> tuple[BaseModel, ModelRunner]:
-    base = load_base_model(
-        weights,
-        device=device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        trust_remote_code=settings.trust_remote_code,
-        rope_factors=settings.rope_factors,
-    )
-    dtype = _lora_dtype(settings, base)
-    limits = EngineLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_loras=settings.max_loras,
-        max_lora_rank=settings.max_lora_rank,
-        lora_dtype=dtype,
-        rope=base.rope,
-        lora_mode=LoRAMode(settings.lora_mode),
-        lora_extra_vocab_size=settings.lora_extra_vocab_size,
-    )
-    costs = measure_costs(dtype) if settings.lora_enabled and device.type == "cpu" else None
-    tuner = _tuner(settings, device) if settings.lora_enabled and device.type == "cuda" else None
-    runner = ModelRunner(base, limits, memory_share=settings.memory_share, costs=costs, tuner=tuner)
-    return base, runner
-
-
-def _build_with_others(
-    settings: Settings, weights: str, device: torch.device, degree: int
-) -> tuple[BaseModel, ModelRunner]:
-    """On several devices, each of which has a process."""
-    from worker.engine.parallel.orders import Setup  # noqa: PLC0415 (few need torch.distributed)
-    from worker.engine.parallel.start import start  # noqa: PLC0415
-
-    assert LoRAMode(settings.lora_mode) is LoRAMode.UNMERGED, "settings are checked"
-    setup = Setup(
+def _setup(settings: Settings, weights: str, degree: int) -> Setup:
+    return Setup(
         weights=weights,
         degree=degree,
         device=settings.device,
@@ -142,25 +112,15 @@ def _build_with_others(
         fully_sharded=settings.fully_sharded_loras,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        adapters=settings.lora_enabled,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         lora_dtype=settings.lora_dtype,
+        lora_mode=LoRAMode(settings.lora_mode),
+        lora_extra_vocab_size=settings.lora_extra_vocab_size,
         memory_share=settings.memory_share,
         rope_factors=settings.rope_factors,
     )
-    on_gpu = device.type == "cuda"
-    return start(
-        setup,
-        tuner=_tuner(settings, device) if settings.lora_enabled and on_gpu else None,
-        measure=measure_costs if settings.lora_enabled and not on_gpu else None,
-    )
-
-
-def _lora_dtype(settings: Settings, base: BaseModel) -> torch.dtype:
-    if settings.lora_dtype == "auto":
-        return product_dtype(base.dtype, base.device)
-    dtype: torch.dtype = getattr(torch, settings.lora_dtype)
-    return dtype
 
 
 def _tuner(settings: Settings, device: torch.device) -> Tuner:

@@ -4,7 +4,7 @@ All are frozen. Times are seconds since the Unix epoch unless a name says otherw
 """
 
 import enum
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -149,6 +149,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     workflow: str | None = None
     """What the row is put through instead; then it has no adapter of its own."""
     params: SamplingParams = SamplingParams()
+    said: Mapping[str, Any] = {}
+    """Of a native row, the parameters that it or its job said, as they did."""
     fills: bool = False
     """Generate as long as `max_model_len` allows, whatever `params.max_new_tokens` says."""
     origin: Origin | None = None
@@ -237,6 +239,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids; at least one."""
     adapter: AdapterKey | None = None
     params: SamplingParams = SamplingParams()
+    said: Mapping[str, Any] = {}
+    """Of a native row, the parameters that it or its job said, as they did."""
     fills: bool = False
     """Fewer tokens than `max_new_tokens` will do, where the adapter allows no more."""
     targets: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from worker.delivery.commit import Committer, provenance
 from worker.delivery.intake import POLL_SECONDS, Intake
-from worker.delivery.rows import RowRunner
+from worker.delivery.row_runner import RowRunner
 from worker.delivery.runner import JobLimits, Runner
 from worker.delivery.splitter import Splitter
 from worker.metrics import Metrics

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,9 @@ from worker.custom.handler import CustomHandler
 from worker.custom.opening import find_entry_point, make_handler, open_formatters, warn_of_code
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
-from worker.delivery.rows import RowRunner
-from worker.engine.adapter import Target
+from worker.delivery.row_runner import RowRunner
+from worker.delivery.rows import EngineRows
+from worker.engine.adapters.adapter import Target
 from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
 from worker.errors import LoramillError, SettingsError
@@ -87,6 +88,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         await asyncio.to_thread(find_entry_point, settings, settings.model_dir or Path(weights))  # says so
     core = await stack.enter_async_context(_core(settings, weights))
     await asyncio.to_thread(_tell_mirrors, settings, core.targets)
+    outlasting = stack.enter_context(ExitStack())  # the bridge: its end is what late calls should be told of
     bridge = await stack.enter_async_context(
         Bridge(
             core.engine,
@@ -105,7 +107,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         on_missing=mirror.wake if mirror is not None else lambda: None,
         registered=registered.find if registered is not None else lambda _: None,
     )
-    rows = RowRunner(
+    rows = EngineRows(
         bridge,
         core.base.tokenizer,
         adapters,
@@ -114,6 +116,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         workflow=workflows.find,
         formatters=formatters,
     )
+    outlasting.callback(rows.close)
     if registered is not None:
         place.calls.adapters = registered.names
     formatting = None if formatters is None else BodyFormatting(formatters, adapters)
@@ -240,7 +243,7 @@ async def _registered(
     shelf = VersionShelf(place, mirrored=folder, limits=limits)
     if formatters is None:
         await asyncio.to_thread(warn_of_code, folder)
-    registry = AdapterRegistry(folder, shelf, bridge, formatters)
+    registry = AdapterRegistry(folder, shelf, bridge, code=formatters, max_rank=settings.max_lora_rank)
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry
@@ -265,7 +268,7 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
 
 
 def _generation(
-    settings: Settings, rows: RowRunner, workflows: Workflows, formatting: BodyFormatting | None
+    settings: Settings, rows: EngineRows, workflows: Workflows, formatting: BodyFormatting | None
 ) -> Generation:
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)

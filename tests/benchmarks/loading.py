@@ -77,7 +77,7 @@ def _ours(settings: Settings, paths: list[Path]) -> tuple[list[float], list[floa
     import torch
 
     from tests.engine.harness import Harness
-    from worker.engine.adapter_loader import AdapterLoader
+    from worker.engine.adapters.loader import AdapterLoader
     from worker.engine.lora_store import LoRAStore
     from worker.jobs import AdapterKey
 

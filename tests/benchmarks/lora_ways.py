@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from worker.engine import lora_layers
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_layers import LoRALayers, measure_costs
 from worker.engine.lora_plan import Costs, Way
 from worker.engine.projections import Projection

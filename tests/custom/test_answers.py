@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from tests.glue.support import make_job
 from worker.custom.answers import Answer, failure, merged, parted
 from worker.custom.messages import MAX_MESSAGE_BYTES, Call, Head, frame, length_of
 from worker.custom.package.djl_python import Input, Output, PairList, encode_decode
 from worker.custom.rows import request_of, text_of
 from worker.errors import HandlerRefusedRow, InvalidLine, OutOfMemory
-from worker.jobs import ChatMessage, Row, SamplingParams, Task
+from worker.jobs import ChatMessage, Origin, Row, SamplingParams, Task
 
 
 def given(call: Call) -> Input:
@@ -66,7 +67,8 @@ def row(**fields) -> Row:
 
 def test_a_row_is_the_request_that_invocations_would_get() -> None:
     params = SamplingParams(max_new_tokens=5, prompt_log_probs=True, logit_bias=((7, 1.0),))
-    properties, content = request_of(row(text="hello", adapter="red", params=params))
+    origin = Origin(format="openai")
+    properties, content = request_of(row(text="hello", adapter="red", params=params, origin=origin))
     inputs = given(Call("handle", properties, content))
     assert inputs.get_as_json() == {
         "inputs": "hello",
@@ -80,6 +82,18 @@ def test_a_row_is_the_request_that_invocations_would_get() -> None:
     assert json.loads(request_of(row(tokens=(1, 2)))[1][-1][1]) == {"inputs": [1, 2]}
     with pytest.raises(InvalidLine, match="score"):
         request_of(row(text="x", task=Task.SCORE))
+
+
+def test_parameters_that_were_said_are_said_to_the_handler_and_no_others() -> None:
+    own = {"input": "b", "parameters": {"max_new_tokens": 30, "temperature": 0, "top_k": None}}
+    job = make_job(inputs=["a", own], parameters={"top_p": 1.0, "seed": None, "max_new_tokens": 5})
+    said = [json.loads(request_of(one)[1][-1][1]).get("parameters") for one in job.rows]
+    assert said == [
+        {"top_p": 1.0, "max_new_tokens": 5},
+        {"top_p": 1.0, "max_new_tokens": 30, "temperature": 0},
+    ]
+    (plain,) = make_job(inputs=["a"]).rows
+    assert "parameters" not in json.loads(request_of(plain)[1][-1][1])
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,53 @@ def test_a_stream_that_fails_breaks_off_and_the_handler_lives() -> None:
     assert run(play()) == (b'{"outputs": "a"}\n{"outputs": "b"}\n', 0)
 
 
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_handler_of_djl_servings_async_mode_runs_unchanged(stream: str) -> None:
+    async def play():
+        async with handler_of(MODELS / "async_echo", options={"async_mode": "true"}) as handler:
+            body = json.dumps({"inputs": "hello", "stream": stream}).encode()
+            properties = {"Content-Type": "application/json"}
+            answer = await handler.call("handle", properties, (("data", body),))
+            return answer.properties["X-Mine"], answer.pieces is not None, await answer.read()
+
+    mine, streams, body = run(play())
+    assert (mine, streams) == ("1", stream == "true")
+    words = ("hello unit", "testing", "async", "mode")
+    tokens = "".join(json.dumps({"token": word}) for word in (*words, "[DONE]"))
+    whole = json.dumps({"generated_text": " ".join(words)})
+    assert body.decode() == (tokens if streams else whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("fails", 400, "no way"),
+        ("nothing", 204, "No content"),
+        ("breaks", 200, "no two"),
+        ("raises", 200, "no two"),
+        ("wrong", 200, "Invalid output type: <class 'str'>"),
+        ("fine", 200, None),
+        ("endless", 200, None),
+    ],
+)
+def test_an_async_generator_is_a_stream_of_its_outputs(how: str, status: int, said: str | None) -> None:
+    async def play():
+        async with handler_of(MODELS / "async_echo", call_seconds=30) as handler:
+            answer = await ask(handler, how=how)
+            try:
+                read = (await answer.read()).decode()
+            except HandlerDied as error:
+                read = str(error)
+            return answer, read, (await ask(handler, how="fine")).status, handler.num_restarts
+
+    answer, read, after, restarts = run(play())
+    assert (answer.status, after, restarts) == (status, 200, 0)
+    if said is None:
+        assert read == "plain text" + "." * (how == "endless")
+    else:
+        assert said in (answer.reason if status != 200 else read)
+
+
 def test_a_stream_without_end_is_ended() -> None:
     async def play():
         async with handler_of(UNRULY, call_seconds=30) as handler:

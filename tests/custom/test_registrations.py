@@ -128,6 +128,22 @@ def test_a_source_that_cannot_be_had_is_told_as_what_it_is(tmp_path, raised, ans
     assert copies(tmp_path) == set()
 
 
+def test_a_folder_that_cannot_be_read_is_no_source(tmp_path, monkeypatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("worker.custom.adapters.version_of", denied)
+
+    async def play():
+        async with worker_of(tmp_path, Bucket()) as (_, adapters):
+            with pytest.raises(
+                InvalidRegistration, match=r"which cannot be read: .*Permission denied: '/my src'"
+            ):
+                await adapters.register("a", "file:///my%20src")
+
+    asyncio.run(play())
+
+
 def test_a_copy_stays_as_long_as_the_handler_is_told_of_it(tmp_path) -> None:
     async def play():
         bucket = Bucket()
@@ -173,6 +189,7 @@ def test_a_bad_folder_is_told_of_and_blinds_nobody_to_the_others(tmp_path, caplo
     os.mkfifo(folder / "pipe")  # nobody writes to it: it must not be read
     put(tmp_path, "no name")
     (tmp_path / "adapters" / "nowhere").symlink_to("gone")
+    put(tmp_path, os.fsdecode(b"\xff"))
 
     async def play():
         async with adapters_of(tmp_path) as (handler, adapters):
@@ -189,10 +206,11 @@ def test_a_bad_folder_is_told_of_and_blinds_nobody_to_the_others(tmp_path, caplo
     assert texts == [b"goodx", b"oddx", b"dynno namex"]
     assert (notes.pop("good"), notes.pop("odd")) == (None, None)
     assert "does not match" in notes["no name"]
+    assert "does not match" in notes["?"]
     assert "No such file" in notes["nowhere"]
     assert trouble is None
     told = [record for record in caplog.records if record.message == "an adapter cannot be used"]
-    assert sorted(record.adapter for record in told) == ["no name", "nowhere"]
+    assert sorted(record.adapter for record in told) == ["?", "no name", "nowhere"]
 
 
 def test_a_version_is_of_the_content_and_of_all_of_it(tmp_path) -> None:

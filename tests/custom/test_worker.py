@@ -112,7 +112,7 @@ def test_a_registered_adapter_outlives_the_worker_and_one_in_s3_comes_as_a_folde
         assert asked(worker, b"text", adapter="a") == (200, b"a-text")
         (line,) = results(mill, worker, inputs="row", adapters="a")
         assert line["adapter_version"] == version
-        assert told(worker, "POST", "/adapters", name="b", src="s3://mill/nothing/here/")[0] == 503
+        assert told(worker, "POST", "/adapters", name="b", src="s3://mill/nothing/here/")[0] == 400
         assert told(worker, "POST", "/adapters", name="b", src="ftp://a/b")[0] == 400
 
 

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
-from worker.engine.adapter_loader import AdapterLoader
-from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.adapters.loader import AdapterLoader
+from worker.engine.adapters.tokenizers import AdapterTokenizers
 from worker.engine.base_model import BaseModel, load_base_model
+from worker.engine.cache_size import CacheShape
 from worker.engine.engine import Engine, StepStats
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_store import LoRAStore
 from worker.engine.merging import LoRAMode
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.engine.products import product_dtype
 from worker.jobs import AdapterKey, Completion, InferenceRequest
 
@@ -50,7 +51,6 @@ class Harness:
                 max_loras=max_loras,
                 max_lora_rank=max_lora_rank,
                 lora_dtype=lora_dtype or product_dtype(base.dtype, base.device),
-                rope=base.rope,
                 lora_mode=lora_mode,
                 lora_extra_vocab_size=lora_extra_vocab_size,
             )
@@ -73,7 +73,6 @@ class Harness:
                 **{"tuner": tuner, **options},
             ),
         )
-        self._limits = limits_for(self.base)
         self._options = {
             "prefix_reuse": prefix_reuse,
             "look_ahead": device != "cpu" if look_ahead is None else look_ahead,
@@ -88,7 +87,7 @@ class Harness:
         return base, build(base)
 
     def _start(self) -> None:
-        limits = self._limits
+        limits = self.runner.limits
         self.store = LoRAStore(
             AdapterLoader(
                 self.runner.targets,
@@ -107,14 +106,8 @@ class Harness:
         )
         self.engine = Engine(
             self.runner,
-            self.base.tokenizer,
+            self.base,
             self.store.weights,
-            eos_token_ids=self.base.eos_token_ids,
-            max_model_len=self.base.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_loras=limits.max_loras,
-            rope=self.base.rope,
             **self._options,
         )
         self.stats: list[StepStats] = []
@@ -122,7 +115,7 @@ class Harness:
     def renew(self) -> "Harness":
         """Begin anew, on the CPU: model, cache and slots stay, but empty, and the rest is made again."""
         self.base.model.get_input_embeddings()._forward_hooks.clear()
-        for slot in range(self._limits.max_loras):
+        for slot in range(self.runner.limits.max_loras):
             self.runner._executor.lora.clear(slot)
             self.runner._executor.changes.clear(slot)
         blocks, size = self.runner.cache_shape

@@ -15,11 +15,11 @@ from tests import parity, tiny
 from tests.engine.harness import Harness
 from tests.engine.ranks import ParallelHarness
 from worker.engine import lora_kernels, merging
+from worker.engine.cache_size import CacheShape
 from worker.engine.graphs import DecodeGraphs
 from worker.engine.kernels.tilings import Fit, Tuner, Work, default_tiling
 from worker.engine.lora_ops import add_stack
 from worker.engine.merging import LoRAMode
-from worker.engine.model_runner import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
 NEW = 4
@@ -130,7 +130,7 @@ def test_ranks_that_share_a_model_say_what_peft_says(fully, tuner, tmp_path, mon
         base, fully_sharded=fully, kernels=True, tuner=tuner, cache_shape=shape, **sizes
     ) as harness:
         done = harness.run(requests([folder and harness.adapter(folder) for folder in folders], rows))
-        tables = [runner.executor.lora._tables for runner in harness.runners]
+        tables = [runner._local.lora._tables for runner in harness.runners]
     assert tables[0].keys() == tables[1].keys()
     assert any(table.parts == 2 for table in tables[0].values()) == fully
     answers = set()

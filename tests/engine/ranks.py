@@ -11,13 +11,14 @@ import torch
 
 from tests.engine.harness import Harness
 from worker.engine.base_model import BaseModel
+from worker.engine.cuts import Rank
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel.channel import Channel
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.follower import Follower, ToldTuner
 from worker.engine.parallel.group import Group
 from worker.engine.parallel.leader import Followers, LeadingExecutor, LeadingTuner, Processes
 from worker.engine.parallel.share import Share
+from worker.engine.proof import expect
 
 TIMEOUT = 20.0
 
@@ -117,6 +118,9 @@ class ParallelHarness(Harness):
         for share, group in zip(self.shares, groups, strict=True):
             share.group = group
         bases = [load(degree=degree) for _ in range(degree)]
+        expected = [expect(bases[0]), *[None] * (degree - 1)]
+        for share, base in zip(self.shares, bases, strict=True):
+            share.take(base.model)
         pairs = [socket.socketpair() for _ in range(1, degree)]
         own, others = ([Channel(ends[side], TIMEOUT) for ends in pairs] for side in (0, 1))
         followers = Followers(own)
@@ -124,7 +128,12 @@ class ParallelHarness(Harness):
 
         def construct(number: int) -> ModelRunner:
             try:
-                return build(bases[number], share=self.shares[number], tuner=tuners[number])
+                return build(
+                    bases[number],
+                    share=self.shares[number],
+                    tuner=tuners[number],
+                    expected=expected[number],
+                )
             except BaseException:
                 self.meeting.barrier.abort()
                 raise

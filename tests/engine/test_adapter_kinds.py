@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests import parity, tiny
 from tests.engine.harness import Harness
-from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE
+from worker.engine.adapters.loader import CONFIG_FILE, WEIGHTS_FILE
+from worker.engine.cache_size import CacheShape
 from worker.engine.fingerprints import fingerprints
-from worker.engine.model_runner import CacheShape
+from worker.engine.projections import Projection
 from worker.errors import AdapterInvalid, InvalidParameters
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
 
@@ -192,6 +193,9 @@ def test_prompts_and_parameters_may_name_an_adapters_own_tokens_only_with_it(mad
             harness.engine.add(request("row", (1,), adapter, allowed_token_ids=(FIRST_NEW,)))
     with pytest.raises(InvalidParameters, match=f"{FIRST_NEW + 6}, adapter {key.name} knows {ROWS + 6}"):
         harness.engine.add(request("row", (1, FIRST_NEW + 6), key))
+    least = harness.runner.vocab_size + harness.runner.limits.lora_extra_vocab_size
+    with pytest.raises(InvalidParameters, match=f"all that adapter {key.name} may add knows {least} tokens"):
+        harness.engine.check(request("row", (1, least), key))
     assert not harness.engine.has_work
 
 
@@ -258,6 +262,30 @@ def test_only_what_is_new_is_kept_in_memory(made, llama):
         assert change.rows.indices.tolist() == list(range(ROWS, ROWS + parity.NEW_TOKENS))
     extra = 2 * parity.NEW_TOKENS * (64 * 4 + 8)
     assert weights.num_bytes == harness.store.weights(plain).num_bytes + extra
+
+
+def test_what_dora_needs_of_the_base_model_is_worked_out_once(made, llama, monkeypatch):
+    multiply, asked = Projection.multiply, []
+    monkeypatch.setattr(Projection, "multiply", lambda own, x: (asked.append(own), multiply(own, x))[1])
+    harness = Harness(llama, max_loras=1)
+    kinds = ("embedding and lm_head, use_dora", "use_dora")
+    keys = [harness.adapter(made(kind).folder) for kind in kinds]
+    first = [harness.run(rows(keys[0]))]
+    assert len(asked) == len(set(asked)) > 1
+    first.append(harness.run(rows(keys[1])))
+    asked.clear()
+    again = [harness.run(rows(key)) for key in keys]
+    assert harness.stats[-1].slot_misses == 4
+    assert not asked
+    assert [[told(own) for own in done.values()] for done in again] == [
+        [told(own) for own in done.values()] for done in first
+    ]
+    changes = harness.runner.executor.changes
+    assert changes._gains
+    for key in keys:
+        harness.store.release(key)
+    harness.store._entries.clear()
+    assert not changes._gains
 
 
 def test_rows_have_the_same_fingerprint_only_if_they_have_the_same_bits():

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from worker.engine.adapter_loader import CONFIG_FILE, WEIGHTS_FILE, AdapterLoader, _Remembered
+from worker.engine.adapters.loader import CONFIG_FILE, WEIGHTS_FILE, AdapterLoader, _Remembered
 from worker.engine.base_model import load_base_model
 from worker.engine.limits import EngineLimits
 from worker.engine.model_runner import ModelRunner
@@ -510,7 +510,7 @@ def test_scaling_is_folded_in_before_the_one_cast(stored, dtype, folder, targets
     ],
 )
 def test_pattern_that_would_never_end_is_refused(change, folder, targets, monkeypatch):
-    monkeypatch.setattr("worker.engine.adapter_config._MATCHING_SECONDS", 0.25)
+    monkeypatch.setattr("worker.engine.adapters.config._MATCHING_SECONDS", 0.25)
     change_config(folder, **change)
     assert "takes more than 0.25 seconds to match" in refusal(folder, targets)
 
@@ -589,7 +589,7 @@ def test_file_of_odd_sizes_in_any_order_of_types_is_read_where_its_tensors_lie(t
 def test_header_is_judged_once_and_the_size_of_every_file(folder, targets, tmp_path, monkeypatch):
     loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
     first = loader(KEY, folder)
-    monkeypatch.setattr("worker.engine.adapter_loader.safe_open", None)
+    monkeypatch.setattr("worker.engine.adapters.loader.safe_open", None)
     again = loader(KEY, folder)
     for name, pair in first.pairs.items():
         assert all(torch.equal(*both) for both in zip(pair, again.pairs[name], strict=True))
@@ -605,7 +605,7 @@ def test_header_is_judged_once_and_the_size_of_every_file(folder, targets, tmp_p
 @pytest.mark.parametrize("when", ["reading", "scaling", "judging"])
 def test_moment_without_memory_says_nothing_about_the_adapter(when, folder, targets, monkeypatch):
     """RuntimeErrors are how torch says so; who remembers which adapters are bad must not remember this."""
-    from worker.engine import adapter_loader
+    from worker.engine.adapters import loader as loading
 
     loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
 
@@ -614,7 +614,7 @@ def test_moment_without_memory_says_nothing_about_the_adapter(when, folder, targ
 
     with monkeypatch.context() as patch:
         if when == "judging":
-            patch.setattr(adapter_loader, "safe_open", no_memory)
+            patch.setattr(loading, "safe_open", no_memory)
         else:
             patch.setattr(torch, "empty" if when == "reading" else "_foreach_mul_", no_memory)
         with pytest.raises(MemoryError, match="can't allocate"):
@@ -661,7 +661,7 @@ def test_file_that_is_replaced_while_its_header_is_judged_says_nothing(folder, t
         other.replace(path)
         return safe_open(*given, **options)
 
-    monkeypatch.setattr("worker.engine.adapter_loader.safe_open", replaced)
+    monkeypatch.setattr("worker.engine.adapters.loader.safe_open", replaced)
     with pytest.raises(OSError, match="was replaced while it was read"):
         load(folder, targets)
 
@@ -669,7 +669,7 @@ def test_file_that_is_replaced_while_its_header_is_judged_says_nothing(folder, t
 def test_configuration_is_read_once_for_all_adapters_that_share_it(folder, targets, monkeypatch):
     loader = AdapterLoader(targets, max_lora_rank=64, dtype=torch.float32)
     first = loader(KEY, folder)
-    monkeypatch.setattr("worker.engine.adapter_loader.read_config", None)
+    monkeypatch.setattr("worker.engine.adapters.loader.read_config", None)
     again = loader(KEY, folder)
     for name, pair in first.pairs.items():
         assert all(torch.equal(*both) for both in zip(pair, again.pairs[name], strict=True))

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from worker.engine.attention import PackedAttention
 from worker.engine.base_model import load_base_model, resolve_device, resolve_dtype
+from worker.engine.cache_size import CacheShape
 from worker.engine.limits import EngineLimits
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
+from worker.engine.proof import expect
 from worker.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -404,3 +406,11 @@ def test_scarce_memory_still_serves_one_row_whose_length_is_no_multiple_of_a_blo
     monkeypatch.setattr("worker.engine.base_model.psutil.virtual_memory", memory)
     shape = ModelRunner(base, limits(2)).cache_shape
     assert shape == CacheShape(4, 32)
+
+
+def test_a_model_without_adapters_looks_at_no_weight_for_their_sake(llama, monkeypatch):
+    monkeypatch.setattr("worker.engine.proof.fingerprints", lambda _: pytest.fail("looked at"))
+    base = load(llama)
+    runner = ModelRunner(base, limits(1), expected=expect(base, adapters=False))
+    assert not runner.base_rows
+    assert not any("row_norms" in vars(projection) for projection in runner._projections.values())

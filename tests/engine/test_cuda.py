@@ -10,7 +10,7 @@ from peft import PeftModel
 from tests import parity, tiny
 from tests.engine.harness import Harness
 from tests.engine.test_score import expected, rows_of, to_score
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
 pytestmark = [

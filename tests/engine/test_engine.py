@@ -10,8 +10,9 @@ from peft import PeftModel
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine.adapter import LoRAPair, LoRAWeights
-from worker.engine.model_runner import CacheShape, Outcome
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
+from worker.engine.cache_size import CacheShape
+from worker.engine.model_runner import Outcome
 from worker.engine.sampler import Sample
 from worker.errors import InvalidParameters, PromptTooLong
 from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams

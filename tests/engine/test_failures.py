@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from worker.engine import lora_layers
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_plan import Way
 from worker.errors import EngineFailed
 from worker.jobs import AdapterKey, FinishReason, InferenceRequest, SamplingParams

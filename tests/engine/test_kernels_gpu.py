@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.kernels import attention
 from worker.engine.kernels.attention import paged_decode, paged_prefill
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens

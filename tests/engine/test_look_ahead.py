@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.errors import EngineFailed
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from worker.engine import lora_layers
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_layers import LoRALayers, measure_costs
 from worker.engine.lora_ops import add_lora_reference, choose_rows, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Shape, Way, cheapest, merge_runs, seconds
@@ -104,7 +104,7 @@ def mixes(draw):
     model = Model(torch.float32)
     weights = {}
     for slot in range(6):
-        modules = draw(st.sets(st.sampled_from(["q", "k", "v", "o"]), min_size=1))
+        modules = draw(st.sets(st.sampled_from(["q", "k", "v", "o"])))
         pairs = {}
         for name in sorted(modules):
             rank, module = draw(st.sampled_from([1, 2, 7, 8, 9, 20])), getattr(model, name)
@@ -231,6 +231,22 @@ def test_slot_is_wholly_replaced_by_its_next_adapter(zeros):
     layers.clear(1)
     layers.put(1, weights_of(7.0, module="v"))
     assert output(zeros, 0, 0, 1, 1) == pytest.approx([3, 3, 0, 0])
+
+
+def test_adapter_without_pairs_leaves_nothing_in_its_slot_and_an_unknown_slot_is_no_such(zeros):
+    layers, _ = zeros
+    layers.put(0, weights_of(1.0))
+    layers.put(0, LoRAWeights(AdapterKey("a", "1"), {}))
+    assert not layers._tables
+    assert layers.plan([(0, 3), (0, 1)]) is None
+    assert layers.place(0) == layers.place(None)
+    layers.put(1, weights_of(2.0))
+    assert output(zeros, 0, 1) == pytest.approx([0, 2])
+    layers.put(0, weights_of(3.0))
+    assert output(zeros, 0, 1) == pytest.approx([3, 2])
+    for unknown in (layers.place, lambda slot: layers.plan([(slot, 1)])):
+        with pytest.raises(KeyError):
+            unknown(5)
 
 
 def test_adapter_that_overflows_leaves_its_neighbours_alone(zeros):

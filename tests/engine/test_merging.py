@@ -9,7 +9,7 @@ from torch import nn
 from tests import tiny
 from tests.engine.harness import Harness
 from worker.engine import merging
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.merging import LoRAMode, Merging
 from worker.engine.products import make_product
 from worker.engine.projections import Projection
@@ -46,7 +46,6 @@ def test_auto_merges_what_has_run_alone_for_ten_times_the_price():
     decision.see(ONE, 1.0)
     assert decision.wants(ONE)
     assert not decision.wants(TWO)
-    assert not decision.wants(None)
 
 
 @pytest.mark.parametrize("other", [None, TWO])
@@ -60,7 +59,7 @@ def test_a_step_of_others_begins_the_stretch_anew(other):
 
 def test_after_a_failure_nothing_is_merged_any_more():
     decision = Merging(LoRAMode.MERGED)
-    decision.failed(ONE)
+    decision.failed(ONE, MemoryError())
     decision.see(ONE, 1e9)
     assert decision.merged is None
     assert not decision.wants(ONE)

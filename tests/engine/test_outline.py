@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests import tiny
-from worker.engine.adapter import Target
+from worker.engine.adapters.adapter import Target
 from worker.engine.base_model import load_base_model, load_outline
+from worker.engine.cache_size import CacheShape
 from worker.engine.discovery import foresee
 from worker.engine.limits import EngineLimits
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.errors import ModelError
 
 CPU = torch.device("cpu")

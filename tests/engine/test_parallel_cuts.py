@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
+from worker.engine.cuts import Cut, Rank, Side, cut_module, cut_pair
 from worker.engine.executor import PackedRow
 from worker.engine.kernels.tilings import Fit, Work, default_tiling
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.lora_plan import Costs
 from worker.engine.parallel import orders
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_pair
+from worker.engine.parallel.share import Share
 from worker.jobs import AdapterKey
 
 WORK = Work(64, (64, 32), 8, 16, 4)
@@ -174,3 +175,11 @@ def test_an_adapter_arrives_as_it_was_cut(dtype):
         for mine, theirs in zip(pair, got.pairs[name], strict=True):
             assert theirs.dtype == dtype
             assert torch.equal(mine, theirs)
+
+
+def test_modules_with_one_input_stay_together_only_where_one_exchange_serves_them():
+    share = Share(Rank(0, 2), fully_sharded=True)
+    out, inside = Cut(Side.OUT), Cut(Side.OUT, inside=True)
+    share._cuts = {"q": out, "k": out, "a": Cut(Side.IN), "b": Cut(Side.IN), "c": inside, "d": inside}
+    groups = share.divide(["q", "a", "k", "whole", "b", "c", "own", "d"])
+    assert groups == [("q", "k"), ("a",), ("whole", "own"), ("b",), ("c",), ("d",)]

@@ -13,8 +13,10 @@ import torch
 from tests import tiny
 from tests.engine.harness import Harness
 from tests.engine.test_parallel import assert_as_peft, mixed, prompts, request, tokens
-from worker.engine.parallel import orders
+from worker.engine.parallel import build
+from worker.engine.parallel import start as start_module
 from worker.engine.parallel.start import start
+from worker.engine.setup import Setup
 from worker.errors import EngineFailed, ModelError
 
 BOUND_SECONDS = 60.0
@@ -31,12 +33,13 @@ def setup(base, **changes):
         "fully_sharded": True,
         "max_num_seqs": 6,
         "max_num_batched_tokens": 24,
+        "adapters": True,
         "max_loras": 3,
         "max_lora_rank": 64,
         "lora_dtype": "auto",
         "settle_seconds": 2.0,
     }
-    return orders.Setup(**{**given, **changes})
+    return Setup(**{**given, **changes})
 
 
 class ProcessHarness(Harness):
@@ -54,6 +57,17 @@ def children():
     return [
         child for child in psutil.Process().children() if "parallel.follower" in " ".join(child.cmdline())
     ]
+
+
+def test_nobody_waits_for_what_rank_0_asks_the_whole_model(llama, monkeypatch):
+    events = []
+    for module, name in ((build, "expect"), (start_module.Followers, "tell")):
+        own = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, own=own, name=name, **k: (events.append(name), own(*a, **k))[1]
+        )
+    ProcessHarness(llama).runner.close()
+    assert events[:2] == ["expect", "tell"]
 
 
 def test_processes_say_what_peft_says_and_a_dead_one_ends_the_engine(kind):

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.jobs import InferenceRequest, SamplingParams
 
 NEW = 14

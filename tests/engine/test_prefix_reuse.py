@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Harness
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
 
 HEAD = tuple(range(30, 90))

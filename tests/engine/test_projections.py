@@ -105,6 +105,14 @@ def test_group_computes_what_its_modules_did_and_lets_their_weights_go():
     assert attention.q.weight.numel() == attention.v.weight.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_the_weights_that_were_taken(dtype):
+    attention = Attention().to(dtype)
+    weights = [attention.q.weight, attention.k.weight, attention.v.weight.T]
+    expected = torch.cat([weight.float().norm(dim=1) for weight in weights])
+    torch.testing.assert_close(project(attention.q, attention.k, attention.v).row_norms, expected)
+
+
 def test_members_may_be_called_in_any_order_alone_or_with_other_inputs():
     attention = Attention()
     x, other = torch.randn(1, 3, 12), torch.randn(1, 4, 12)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.engine.rope import RopeScaling, read_factor, scaled_positions
 from worker.errors import AdapterInvalid, ModelError, PromptTooLong
 from worker.jobs import AdapterKey, InferenceRequest, SamplingParams

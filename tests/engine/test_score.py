@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from tests import tiny
 from tests.engine.harness import Harness
-from worker.engine.model_runner import CacheShape
+from worker.engine.cache_size import CacheShape
 from worker.errors import InvalidParameters, PromptTooLong
 from worker.jobs import FinishReason, InferenceRequest, SamplingParams
 

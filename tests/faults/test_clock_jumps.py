@@ -30,7 +30,7 @@ class JumpingBridge:
         self.on_row = on_row
         self.started: list[int] = []
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         number = int(bytes(request.prompt))
         self.started.append(number)
         self.on_row(number)

@@ -14,7 +14,8 @@ from worker.adapters.directory import AdapterDirectory
 from worker.delivery.commit import Committer, Provenance
 from worker.delivery.flow import FlowControl
 from worker.delivery.inputs import rows_of
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold
+from worker.delivery.rows import EngineRows
 from worker.delivery.runner import JobLimits, Runner
 from worker.delivery.splitter import Splitter
 from worker.jobs import Delivery, FinishReason, Job, Output, Row, RowResult
@@ -132,7 +133,7 @@ class WatchedQueue(MemoryQueue):
 
 
 class EchoRows:
-    """In the place of RowRunner: answers a row with its own text in capitals."""
+    """In the place of EngineRows: answers a row with its own text in capitals."""
 
     def __init__(self) -> None:
         self.hook: Hook = nothing
@@ -166,13 +167,13 @@ class EchoRows:
             await emit(encode(echo(row)))
 
 
-def make_runner(bridge: Any, tokenizer: Any, adapters: AdapterDirectory, **options: Any) -> RowRunner:
-    """A RowRunner that takes `max_rows` rows (8) at a time."""
+def make_runner(bridge: Any, tokenizer: Any, adapters: AdapterDirectory, **options: Any) -> EngineRows:
+    """EngineRows that take `max_rows` rows (8) at a time."""
     flow = FlowControl(max_rows=options.pop("max_rows", 8), max_tokens=1 << 40, max_bytes=1 << 40)
-    return RowRunner(bridge, tokenizer, adapters, flow, **options)
+    return EngineRows(bridge, tokenizer, adapters, flow, **options)
 
 
-async def run_rows(rows: RowRunner, job: Job) -> list[RowResult]:
+async def run_rows(rows: EngineRows, job: Job) -> list[RowResult]:
     """All results of a job by itself."""
     results: list[RowResult] = []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worker.adapters.room import AdapterRoom
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.lora_store import LoRAStore
 from worker.errors import EngineFailed
 from worker.jobs import AdapterKey

@@ -24,7 +24,7 @@ class Gate(AnsweringBridge):
         self.begun = 0
         self.open = asyncio.Event()
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         self.begun += 1
         await self.open.wait()
         return await super().submit(request, adapter)

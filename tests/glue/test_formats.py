@@ -60,7 +60,7 @@ class Answering:
     def __init__(self) -> None:
         self.requests: list[InferenceRequest] = []
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         self.requests.append(request)
         scored = tuple(-1.0 - n for n in range(len(request.targets)))
         return Completion(

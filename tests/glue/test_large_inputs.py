@@ -605,7 +605,7 @@ def test_a_large_job_that_stalls_lets_the_others_go_on(stalls):
         world, never = World(), asyncio.Event()
 
         class Bridge(AnsweringBridge):
-            async def submit(self, request, adapter=None):
+            async def submit(self, request, adapter=None, *_):
                 if bytes(request.prompt) == b"slow":
                     await never.wait()
                 return await super().submit(request, adapter)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import parity, tiny
 from tests.glue.support import make_job, make_runner, run_rows
@@ -21,7 +21,7 @@ from worker import wire
 from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
 from worker.core import Core
-from worker.engine.adapter_tokenizers import AdapterTokenizers
+from worker.engine.adapters.tokenizers import AdapterTokenizers
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
@@ -144,7 +144,7 @@ def test_trouble_of_the_disk_says_nothing_about_a_tokenizer(core, base, tmp_path
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", broken)
+        patch.setattr("worker.engine.adapters.tokenizers.AutoTokenizer.from_pretrained", broken)
         with pytest.raises(OSError, match="Too many open files"):
             core.tokenizers.read(tmp_path / "one")
     assert core.tokenizers.read(tmp_path / "one") is not None
@@ -175,6 +175,19 @@ def test_a_regular_expression_that_the_base_has_not_is_refused_at_load(core, bas
     assert lines[2]["error"] is None
     with pytest.raises(AdapterInvalid, match="regular expression"):
         core.tokenizers.read(tmp_path / "slow")
+
+
+def test_a_regular_expression_that_is_refused_is_never_run(base, tmp_path, monkeypatch):
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+
+    folder, own = write_with(tmp_path / "slow", base, change), Tokenizer(tiny.tokenizer())
+    monkeypatch.setattr(PreTrainedTokenizerFast, "encode", lambda *_, **__: pytest.fail("run"))
+    tokenizers, key = AdapterTokenizers(own), AdapterKey("slow", "1")
+    for _ in range(2):
+        with pytest.raises(AdapterInvalid, match=r"Adapter slow is invalid: .* regular expression"):
+            tokenizers.of(key, folder)
+        folder = tmp_path / "not looked at again"
 
 
 def test_regular_expressions_of_the_base_are_allowed(base, tmp_path):
@@ -223,7 +236,7 @@ def test_many_threads_load_a_kind_once_and_others_do_not_wait(base, tmp_path, mo
         assert folder.name == "quick" or go.wait(60)
         return load(folder, **options)
 
-    monkeypatch.setattr("worker.engine.adapter_tokenizers.AutoTokenizer.from_pretrained", loading)
+    monkeypatch.setattr("worker.engine.adapters.tokenizers.AutoTokenizer.from_pretrained", loading)
     with ThreadPoolExecutor(3) as pool:
         slow = [pool.submit(tokenizers.read, tmp_path / "slow") for _ in range(2)]
         assert pool.submit(tokenizers.read, tmp_path / "quick").result(60) is not None

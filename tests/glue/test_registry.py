@@ -14,6 +14,7 @@ from tests.glue.registering import Scene, run
 from tests.glue.support import until
 from tests.sync.builders import CONFIG, WEIGHTS, adapter_files, weights, write_folder
 from worker.adapters.directory import AdapterDirectory
+from worker.adapters.registry import AdapterRegistry
 from worker.errors import (
     AdapterInvalid,
     AdapterStoreFull,
@@ -761,5 +762,47 @@ def test_s3_that_does_not_answer_is_worth_another_try(bucket, scene):
         with pytest.raises(RegistryUnavailable, match="NoSuchBucket"):
             await scene.registry.register("a", "s3://no-such-bucket-at-all/a/")
         assert await scene.names() == []
+
+    run(scenario)
+
+
+def test_what_is_wrong_in_the_folder_is_told_by_name(scene, caplog):
+    def put(name, **changes):
+        return write_folder(scene.folder / name, adapter_files(**changes))
+
+    async def scenario():
+        put("good")
+        put("broken", r=0)
+        put("large", r=17)
+        put("no name")
+        (scene.folder / os.fsdecode(b"\xff")).mkdir()
+        (scene.folder / "linked").symlink_to(put("good"))
+        (scene.folder / "nowhere").symlink_to("gone")
+        (put("empty") / "adapter_config.json").unlink()
+        (scene.folder / "README.md").write_text("no adapter")
+        (scene.folder / ".hidden").mkdir()
+        registry = AdapterRegistry(scene.folder, scene.shelf, scene.loader, max_rank=16)
+        await registry.start()
+        following = asyncio.create_task(registry.run())
+        told = "an adapter of the folder cannot be served"
+        await until(lambda: len([1 for record in caplog.records if record.message == told]) == 7)
+        following.cancel()
+        logged = {record.adapter: record.reason for record in caplog.records if record.message == told}
+        listed = {one.name: one.note for one in (await registry.page(0, 100))[0]}
+        assert listed.pop("good") is None
+        assert listed == logged
+        assert "adapter_config.json: r is 0" in listed["broken"]
+        assert "r is 17; the limit is 16" in listed["large"]
+        assert "does not match" in listed["no name"]
+        assert "does not match" in listed["?"]
+        assert listed["linked"] == listed["nowhere"]
+        assert "link that no mirror has made" in listed["linked"]
+        assert listed["empty"] == "adapter_config.json is missing"
+        info = await registry.describe("linked")
+        assert (info.note, info.src, info.version) == (listed["linked"], str(scene.folder / "linked"), None)
+        for name in ("README.md", ".hidden", "../model", "x" * 300, "\0"):
+            with pytest.raises(UnknownAdapter):
+                await registry.describe(name)
+        assert await registry.names() == ["broken", "good", "large"]
 
     run(scenario)

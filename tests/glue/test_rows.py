@@ -8,7 +8,7 @@ from typing import Any
 from tests.glue.support import World, make_job, make_runner, run_rows
 from worker import wire
 from worker.adapters.directory import AdapterDirectory
-from worker.jobs import Completion, Failure, FinishReason, InferenceRequest, SamplingParams
+from worker.jobs import Completion, Failure, FinishReason, InferenceRequest, Row, SamplingParams
 
 
 class Letters:
@@ -32,7 +32,7 @@ class Answering:
         self.failure = failure
         self.params: list[SamplingParams] = []
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         params = request.params
         self.params.append(params)
         known = None if self.failure else -2.5  # a row that failed may have some of its details
@@ -107,3 +107,20 @@ def test_a_row_that_failed_half_way_is_an_error_without_details():
     line = line_of(Letters(), failed, decoder_input_details=True, top_n_tokens=1)
     assert line["error"]["code"] == "oom"
     assert "details" not in line
+
+
+def test_rows_that_are_closed_leave_no_threads():
+    async def scenario() -> None:
+        world, before = World(), set(threading.enumerate())
+        adapters = AdapterDirectory(None, 30.0, clock=world.clock, sleep=world.clock.sleep)
+        runner: Any = make_runner(Answering(), Letters(), adapters)
+        await run_rows(runner, make_job(inputs=["in"]))
+        await runner.answer("call", [Row(index=0, id="0", text="in")])
+        fresh = [one for one in threading.enumerate() if one not in before]
+        assert {one.name.partition("_")[0] for one in fresh} == {"encoder", "interactive"}
+        runner.close()
+        for one in fresh:
+            await asyncio.to_thread(one.join, 10)
+        assert not any(one.is_alive() for one in fresh)
+
+    asyncio.run(scenario())

@@ -25,7 +25,7 @@ from tests.glue.support import (
     until,
 )
 from worker.adapters.directory import AdapterDirectory
-from worker.delivery.rows import RowRunner
+from worker.delivery.rows import EngineRows
 from worker.delivery.runner import backoff_seconds
 from worker.errors import EngineFailed, LeaseLost, QueueRefused, QueueUnavailable, StoreUnavailable
 from worker.jobs import Completion, FinishReason, InferenceRequest
@@ -260,7 +260,7 @@ class HangingBridge:
         self.dropped: list[str] = []
         self.failure: BaseException | None = None
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         self.requests[request.id] = request
         try:
             if self.failure is not None:
@@ -275,7 +275,7 @@ class HangingBridge:
 class AnsweringBridge:
     """In the place of Bridge: answers at once, or with what `answer` makes of the request."""
 
-    async def submit(self, request: InferenceRequest, adapter: object = None) -> Completion:
+    async def submit(self, request: InferenceRequest, adapter: object = None, *_: object) -> Completion:
         return Completion(
             request_id=request.id,
             text="ok",
@@ -290,7 +290,7 @@ class LettersTokenizer:
         return tuple(text.encode())
 
 
-def row_runner(world: World, bridge: Any, *, max_at_once: int = 8, folder: Path | None = None) -> RowRunner:
+def row_runner(world: World, bridge: Any, *, max_at_once: int = 8, folder: Path | None = None) -> EngineRows:
     adapters = AdapterDirectory(folder, 30.0, clock=world.clock, sleep=world.clock.sleep)
     tokenizer: Any = LettersTokenizer()
     return make_runner(bridge, tokenizer, adapters, max_rows=max_at_once, clock=world.clock)

@@ -7,7 +7,7 @@ import pytest
 from adapters_sync.base_model import BaseModelFile
 from adapters_sync.layout import MirrorPaths
 from worker import sides
-from worker.engine.adapter import Target
+from worker.engine.adapters.adapter import Target
 from worker.settings import read_settings
 
 TARGETS = {

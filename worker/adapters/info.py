@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 
 from adapters_sync.layout import AdapterFolder
-from worker.adapters.folder_view import Ranks
+from worker.adapters.folder_view import Checks
 from worker.adapters.registrations import Registration
 from worker.adapters.residents import Loader, key_of
 from worker.custom.formatters import Code
@@ -34,20 +34,20 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Teller:
     """Asks `loader` about adapters in memory, and the files about the rest; `code` has notes of its own."""
 
-    def __init__(self, loader: Loader, code: Code) -> None:
+    def __init__(self, loader: Loader, code: Code, max_rank: int | None = None) -> None:
         self._loader = loader
         self._code = code
-        self._ranks = Ranks()
+        self._checks = Checks(max_rank)
 
     async def tell(
         self, said: Registration, src: str, folder: AdapterFolder | None, note: str | None
     ) -> AdapterInfo:
         """All about one adapter. `folder` None is one whose version on the disk cannot be used."""
         details = None if folder is None else self._loader.details(key_of(folder))
-        rank = None if details is None else details.rank
+        rank, fault = (None if details is None else details.rank), None
         if rank is None and folder is not None:
-            rank = await asyncio.to_thread(self._ranks.of, folder)
-        if note is None and folder is not None:
+            rank, fault = await asyncio.to_thread(self._checks.of, folder)
+        if note is None and fault is None and folder is not None:
             note = await asyncio.to_thread(self._code.note, folder)
         return AdapterInfo(
             name=said.name,
@@ -60,5 +60,5 @@ class Teller:
             rank=rank,
             bytes=None if details is None else details.num_bytes,
             requests=None if folder is None else self._loader.requests(key_of(folder)),
-            note=note,
+            note=note or fault,
         )

@@ -73,12 +73,24 @@ class AdapterRegistry:
     first change.
     """
 
-    def __init__(self, folder: Path, shelf: Shelf, loader: Loader, code: Code | None = None) -> None:
-        """`code` runs what adapters bring; None is nobody."""
+    def __init__(
+        self,
+        folder: Path,
+        shelf: Shelf,
+        loader: Loader,
+        *,
+        code: Code | None = None,
+        max_rank: int | None = None,
+    ) -> None:
+        """`code` runs what adapters bring; None is nobody.
+
+        An adapter of a rank beyond `max_rank` is told of as one that cannot be served.
+        """
         self._code = NoCode() if code is None else code
         self._folder = FolderView(folder)
+        self._max_rank = max_rank
         self._shelf = shelf
-        self._teller = Teller(loader, self._code)
+        self._teller = Teller(loader, self._code, max_rank)
         self._residents = Residents(loader)
         self._registered: dict[str, _Registered] = {}
         self._said_of_folder: dict[str, Registration] = {}
@@ -110,7 +122,8 @@ class AdapterRegistry:
         await self.refresh()
 
     async def run(self) -> None:
-        """Follow what becomes of the adapters folder, for ever."""
+        """Log what is wrong with the adapters of the folder, and follow what becomes of it, for ever."""
+        await self._warn_of_faults()
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             await self.refresh()
@@ -146,14 +159,20 @@ class AdapterRegistry:
         Raises RegistryUnavailable when the adapters folder cannot be read.
         """
         in_folder = await _off_loop(self._folder.survey)
+        strangers = await _off_loop(self._folder.strangers)
         self._warn_of_shadows(in_folder)
-        names, following = page_of(sorted(in_folder.keys() | self._registered.keys()), begin, limit)
-        found = [await self._info(name, in_folder.get(name)) for name in names]
+        all_names = in_folder.keys() | self._registered.keys() | strangers.keys()
+        names, following = page_of(sorted(all_names), begin, limit)
+        found = [await self._info(name, in_folder.get(name), strangers.get(name)) for name in names]
         return [one for one in found if one is not None], following
 
     async def describe(self, name: str) -> AdapterInfo:
         """One adapter. Raises UnknownAdapter."""
-        info = await self._info(name, await _off_loop(self._folder.look, name))
+        found, stranger = (
+            await _off_loop(self._folder.look, name),
+            await _off_loop(self._folder.stranger, name),
+        )
+        info = await self._info(name, found, stranger)
         if info is None:
             raise unknown(name)
         return info
@@ -398,7 +417,7 @@ class AdapterRegistry:
 
     # What is told.
 
-    async def _info(self, name: str, found: InFolder | None) -> AdapterInfo | None:
+    async def _info(self, name: str, found: InFolder | None, stranger: str | None) -> AdapterInfo | None:
         one = self._registered.get(name)
         if one is not None:
             note = one.trouble
@@ -408,7 +427,18 @@ class AdapterRegistry:
         if found is not None:
             said = self._said_of_folder.get(name) or Registration(name=name)
             return await self._teller.tell(said, found.src, found.folder, None)
+        if stranger is not None:
+            src = str(self._folder.path_of(name))
+            return await self._teller.tell(Registration(name=name), src, None, stranger)
         return None
+
+    async def _warn_of_faults(self) -> None:
+        try:
+            faults = await _off_loop(self._folder.faults, self._max_rank)
+        except RegistryUnavailable as error:
+            faults = {"": str(error)}
+        for name, fault in faults.items():
+            self._warn("an adapter of the folder cannot be served", name, fault)
 
     def _warn_of_shadows(self, in_folder: Collection[str]) -> None:
         for name in self._registered.keys() & set(in_folder):

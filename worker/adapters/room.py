@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from worker.engine.lora_store import LoRAStore
 from worker.errors import EngineFailed
@@ -21,6 +21,10 @@ class _Waiting:
 
 
 _Line = OrderedDict[AdapterKey, _Waiting]
+
+
+def _first(line: _Line) -> _Waiting | None:
+    return next(iter(line.values()), None)
 
 
 class AdapterRoom:
@@ -89,7 +93,8 @@ class AdapterRoom:
 
     def ask_for_room(self) -> None:
         """If an interactive row waits, and no row of the queue is due before it, have room made."""
-        if self._urgent and not any(map(self._is_due, [*self._line.values()][:1])):
+        first = _first(self._line)
+        if self._urgent and not (first is not None and self._is_due(first)):
             self._make_room()
 
     def close(self) -> None:
@@ -102,18 +107,19 @@ class AdapterRoom:
                 row.set_exception(EngineFailed("the engine has stopped"))
 
     @property
-    def _heads(self) -> Iterator[_Waiting]:
+    def _heads(self) -> list[_Waiting]:
         """The first of each line."""
-        for line in (self._line, self._urgent):
-            yield from [*line.values()][:1]
+        return [head for line in (self._line, self._urgent) if (head := _first(line)) is not None]
 
     def _is_due(self, waiting: _Waiting) -> bool:
         return waiting.passed_over >= self._max_passed_over
 
     def _take(self, key: AdapterKey, expected_bytes: int, *, interactive: bool) -> bool:
         """Reserve past the lines, if that is allowed."""
-        ahead = self._urgent if interactive else self._urgent or self._line
-        if ahead and (key not in self._store or key in ahead or (not interactive and self._urgent)):
+        if not interactive and self._urgent:
+            return False
+        ahead = self._urgent if interactive else self._line
+        if ahead and (key not in self._store or key in ahead):
             return False
         if any(map(self._is_due, self._heads)) or not self._store.reserve(key, expected_bytes):
             return False
@@ -144,9 +150,8 @@ class AdapterRoom:
 
     def _may_go(self, waiting: _Waiting) -> bool:
         """The first of the queue's line may when it is asked; others while they pass nobody who is due."""
-        heads = [*self._heads]
-        is_first = waiting is next(iter(self._line.values()), None)
-        return is_first or not any(self._is_due(head) for head in heads if head is not waiting)
+        is_first = waiting is _first(self._line)
+        return is_first or not any(self._is_due(head) for head in self._heads if head is not waiting)
 
     def _leave(self, line: _Line, key: AdapterKey, row: asyncio.Future[None]) -> None:
         """A row that waited was cancelled, perhaps just after it was let in."""

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -24,34 +23,19 @@ from worker.adapters.registrations import (
     page_of,
     unknown,
 )
-from worker.custom.answers import Answer
 from worker.custom.folders import keep_only, settle, survey, version_of
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Call
+from worker.custom.telling import Known, ask, gone, info_of, told
 from worker.errors import (
     AdapterTaken,
-    HandlerBusy,
-    HandlerDied,
-    HandlerRefused,
     InvalidRegistration,
     RegistrationError,
-    RegistryUnavailable,
     StorageFull,
 )
 from worker.turns import Turns
 
 logger = logging.getLogger(__name__)
-
-_SAYS_NOTHING = frozenset({"OK", "No content", ""})
-
-
-class _Known(NamedTuple):
-    said: Registration
-    path: str
-    """What the handler was told as `src`."""
-    in_folder: bool = False
-    trouble: str | None = None
-    """Why the handler does not know it."""
 
 
 class HandlerAdapters:
@@ -73,7 +57,7 @@ class HandlerAdapters:
         self._book = Book(place.parent / "handler-registrations.json")
         self._copies = place.parent / "handler-adapters"
         self._fetch = fetch
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._said_of_folder: dict[str, Registration] = {}
         """What was said here about adapters of the folder."""
         self._refused: set[str] = set()
@@ -106,6 +90,7 @@ class HandlerAdapters:
     def close(self) -> None:
         """Let another worker register adapters."""
         self._book.close()
+        self._owns_book = False
 
     def version(self, name: str) -> str | None:
         """The version of an adapter that the handler was told of; None for any other name."""
@@ -115,11 +100,11 @@ class HandlerAdapters:
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]:
         """Adapters by name from number `begin` on, and where the next page begins, if there is one."""
         names, following = page_of(sorted(self._known), begin, limit)
-        return [self._info(name) for name in names], following
+        return [info_of(self._known[name]) for name in names], following
 
     async def describe(self, name: str) -> AdapterInfo:
         """One adapter. Raises UnknownAdapter."""
-        return self._info(name)
+        return info_of(self._known_as(name))
 
     async def register(
         self,
@@ -179,8 +164,8 @@ class HandlerAdapters:
                 raise _not_ours(name, known)
             said = None
             if known.trouble is None:  # else the handler does not know it
-                said = _status_of(await self._ask(_gone(known, alias)))
-            await self._keep(name, None, undo=_told("register_adapter", known))
+                said = await ask(self._handler, gone(known, alias))
+            await self._keep(name, None, undo=told("register_adapter", known))
             await asyncio.to_thread(keep_only, self._copies / name, ())
         logger.info("adapter unregistered", extra={"adapter": name})
         return said
@@ -198,9 +183,7 @@ class HandlerAdapters:
                 if known is not None and (not known.in_folder or one.version is None):
                     continue
                 said = self._said_of_folder.get(name) or Registration(name=name, preload=True)
-                fresh = _Known(
-                    msgspec.structs.replace(said, version=one.version), one.path, True, one.trouble
-                )
+                fresh = Known(msgspec.structs.replace(said, version=one.version), one.path, True, one.trouble)
                 if known is None or known.said != fresh.said or name in self._refused:
                     await self._tell_of(fresh)
         for name in list(self._known):
@@ -248,23 +231,23 @@ class HandlerAdapters:
                 if known is not None and not known.in_folder:
                     await self._drop(known)
 
-    def _registered(self, said: Registration) -> _Known:
+    def _registered(self, said: Registration) -> Known:
         try:
-            return _Known(said, self._path(said))
+            return Known(said, self._path(said))
         except RegistrationError as error:
-            return _Known(said, said.src or "", trouble=str(error))
+            return Known(said, said.src or "", trouble=str(error))
 
-    async def _change(self, said: Registration, before: _Known | None, *, fetch: bool) -> str | None:
-        known = _Known(said, "") if before is None else before._replace(said=said, trouble=None)
+    async def _change(self, said: Registration, before: Known | None, *, fetch: bool) -> str | None:
+        known = Known(said, "") if before is None else before._replace(said=said, trouble=None)
         try:
             if fetch:
                 said = await self._fetched(said)
                 known = known._replace(said=said, path=self._path(said))
             if before is None or before.trouble is not None:  # the handler does not know it
-                function, undo = "register_adapter", _gone(known)
+                function, undo = "register_adapter", gone(known)
             else:
-                function, undo = "update_adapter", _told("update_adapter", before)
-            status = _status_of(await self._ask(_told(function, known)))
+                function, undo = "update_adapter", told("update_adapter", before)
+            status = await ask(self._handler, told(function, known))
             await self._keep(said.name, known, undo)
         finally:
             if fetch:
@@ -278,7 +261,10 @@ class HandlerAdapters:
         assert said.src is not None
         scheme, colon, _ = said.src.partition("://")
         if not colon or scheme == "file":
-            version = await asyncio.to_thread(version_of, Path(self._path(said)))
+            try:
+                version = await asyncio.to_thread(version_of, Path(self._path(said)))
+            except OSError as error:
+                raise InvalidRegistration(f"src is {said.src!r}, which cannot be read: {error}") from error
             return msgspec.structs.replace(said, version=version)
         if scheme != "s3":
             raise InvalidRegistration(f"src is {said.src!r}; it must be an s3://bucket/prefix/ or a folder")
@@ -298,7 +284,7 @@ class HandlerAdapters:
             return str(self._copies / said.name / (said.version or ""))
         return path_of_url(said.src, "src")
 
-    async def _keep(self, name: str, known: _Known | None, undo: Call) -> None:
+    async def _keep(self, name: str, known: Known | None, undo: Call) -> None:
         """What is known about a name from now on, in the book first.
 
         Raises StorageFull, and then has told the handler to `undo` what it was told.
@@ -313,7 +299,7 @@ class HandlerAdapters:
                 await asyncio.to_thread(self._book.write, [*said, *said_of_folder.values()])
             except StorageFull:
                 with suppress(RegistrationError):
-                    await self._ask(undo)
+                    await ask(self._handler, undo)
                 raise
             self._said_of_folder = said_of_folder
         if known is None:
@@ -323,14 +309,14 @@ class HandlerAdapters:
 
     # What the handler is told.
 
-    async def _tell_of(self, known: _Known) -> None:
+    async def _tell_of(self, known: Known) -> None:
         """Tell the handler of an adapter that is there; its refusal is kept as the adapter's trouble."""
         name, before = known.said.name, self._known.get(known.said.name)
         is_new = before is None or before.trouble is not None
         trouble = known.trouble
         if trouble is None:
             try:
-                await self._ask(_told("register_adapter" if is_new else "update_adapter", known))
+                await ask(self._handler, told("register_adapter" if is_new else "update_adapter", known))
             except RegistrationError as error:
                 trouble = str(error)
         if trouble is not None:
@@ -345,91 +331,43 @@ class HandlerAdapters:
             if not ended:
                 self._refused.add(name)
 
-    async def _drop(self, known: _Known) -> None:
+    async def _drop(self, known: Known) -> None:
         name = known.said.name
         try:
             if known.trouble is None:
-                await self._ask(_gone(known))
+                await ask(self._handler, gone(known))
         except RegistrationError as error:
             logger.warning("the handler kept an adapter", extra={"adapter": name, "reason": str(error)})
         self._forget(name)
 
-    async def _ask(self, call: Call) -> Answer:
-        """Raises HandlerRefused for an answer that is a failure, RegistryUnavailable for none."""
-        try:
-            answer = await self._handler.call(call.function, call.properties, call.content)
-            await answer.read()
-        except HandlerBusy as error:
-            raise RegistryUnavailable(str(error)) from error
-        except HandlerDied as error:
-            raise HandlerRefused(str(error), 424) from error
-        if answer.is_failure:
-            raise HandlerRefused(answer.reason, answer.status if 400 <= answer.status <= 599 else 424)
-        return answer
-
-    def _remember(self, known: _Known) -> None:
+    def _remember(self, known: Known) -> None:
         self._known[known.said.name] = known
         self._refused.discard(known.said.name)
         if known.trouble is None:
-            self._handler.remember(known.said.name, _told("register_adapter", known))
+            self._handler.remember(known.said.name, told("register_adapter", known))
 
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._refused.discard(name)
         self._handler.forget(name)
 
-    def _known_as(self, name: str) -> _Known:
+    def _known_as(self, name: str) -> Known:
         """Raises UnknownAdapter."""
         known = self._known.get(name)
         if known is None:
             raise unknown(name)
         return known
 
-    def _info(self, name: str) -> AdapterInfo:
-        said, path, _, trouble = self._known_as(name)
-        return AdapterInfo(
-            name=name,
-            src=said.src or path,
-            preload=said.preload,
-            pin=said.pin,
-            options=said.options,
-            tier="handler",
-            version=said.version,
-            rank=None,
-            bytes=None,
-            requests=None,
-            note=trouble,
-        )
 
-
-def _told(function: str, known: _Known) -> Call:
-    """What a handler is told of an adapter: DJL's properties, and content that has all."""
-    said, path = known.said, known.path
-    properties = {"name": said.name, "alias": said.alias or said.name, "src": path}
-    flags = {"preload": str(said.preload).lower(), "pin": str(said.pin).lower()}
-    content = {"name": said.name, "src": path, **flags, **said.options}
-    return Call(function, properties, tuple((key, value.encode()) for key, value in content.items()))
-
-
-def _gone(known: _Known, alias: str | None = None) -> Call:
-    name = known.said.name
-    return Call("unregister_adapter", {"name": name, "alias": alias or known.said.alias or name})
-
-
-def _status_of(answer: Answer) -> str | None:
-    """What the handler says became of the adapter, if it says anything."""
-    return None if answer.message in _SAYS_NOTHING else answer.message
-
-
-def _tidy(copies: Path, known: Mapping[str, _Known]) -> None:
+def _tidy(copies: Path, known: Mapping[str, Known]) -> None:
     """Remove copies that nobody was told of. Blocking."""
     for folder in copies.glob("*"):
         keep_only(folder, _copies_of(known.get(folder.name)))
 
 
-def _copies_of(known: _Known | None) -> tuple[str, ...]:
+def _copies_of(known: Known | None) -> tuple[str, ...]:
     return () if known is None or known.said.version is None else (known.said.version,)
 
 
-def _not_ours(name: str, known: _Known) -> AdapterTaken:
+def _not_ours(name: str, known: Known) -> AdapterTaken:
     return AdapterTaken(f"The adapter {name} was not registered here: change or delete {known.path}")

@@ -31,7 +31,8 @@ def survey(folder: Path) -> dict[str, Found]:
     except FileNotFoundError:
         return {}
     found = {name: _look(paths, name) for name in names}
-    return {name: one for name, one in found.items() if one is not None}
+    # A name that is no UTF-8 could not be written.
+    return {name.encode(errors="replace").decode(): one for name, one in found.items() if one is not None}
 
 
 def version_of(path: Path) -> str | None:
@@ -66,7 +67,9 @@ def _look(paths: MirrorPaths, name: str) -> Found | None:
         if not stat.S_ISDIR(path.stat().st_mode):
             return None
         if not is_adapter_name(name):
-            return Found(str(path), None, "its name does not match [A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+            return Found(
+                str(paths.adapters_dir), None, "its name does not match [A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+            )
         return Found(str(path.resolve()), version or version_of(path))
     except OSError as error:
         return Found(str(path), None, f"it cannot be read: {error}")

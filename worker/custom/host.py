@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from worker.custom.async_answers import as_stream, as_whole
 from worker.custom.messages import (
     LENGTH_BYTES,
     Begin,
@@ -107,14 +108,16 @@ class Host:
             answer = function(given)
             if inspect.isawaitable(answer):
                 answer = self._loop.run_until_complete(_awaited(answer))
+            if inspect.isasyncgen(answer):
+                return self._loop.run_until_complete(as_stream(answer))
+            if isinstance(answer, Output):
+                return as_whole(answer)
         except Exception as error:
             logger.exception("%s failed", call.function)
             return _failure(error)
         if answer is None:
             return Output(204, "No content")
-        if not isinstance(answer, Output):
-            return Output().error(f"Invalid output type: {type(answer)}")
-        return answer
+        return Output().error(f"Invalid output type: {type(answer)}")
 
     def _answer(self, answer: Output) -> None:
         """Send an answer; one that cannot be sent becomes one that says so."""

@@ -1,6 +1,5 @@
 """The rows of a job, each through a custom handler to its result: as `delivery.rows` for the engine."""
 
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from worker.custom.answers import Answer
 from worker.custom.handler import CustomHandler
 from worker.custom.messages import Content
 from worker.delivery.flow import FlowControl
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold, RowRunner
 from worker.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -49,13 +48,9 @@ class HandlerRows(RowRunner):
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        # No model and no tokenizer here: of what RowRunner has only its counting and its turns are used.
+        super().__init__(flow, clock)
         self._handler = handler
         self._known = adapters
-        self._flow = flow
-        self._clock = clock
-        self._numbers = itertools.count()
-        self._holds: set[Hold] = set()
 
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         if row.failure is not None:
@@ -98,7 +93,7 @@ def request_of(row: Row) -> tuple[dict[str, str], Content]:
         body["messages"] = msgspec.to_builtins(row.messages)
     else:
         body["inputs"] = row.text if row.tokens is None else list(row.tokens)
-    parameters = _parameters(row.params)
+    parameters = _parameters(row)
     if parameters:
         body["parameters"] = parameters
     properties, content = {"content-type": "application/json"}, []
@@ -132,13 +127,15 @@ def text_of(answer: Answer, body: bytes) -> str:
     return generated if isinstance(generated, str) else text
 
 
-def _parameters(params: SamplingParams) -> dict[str, Any]:
-    """Those that are not what they are by default, by their names in a job."""
+def _parameters(row: Row) -> dict[str, Any]:
+    """Those that were said; of a row of another format, by their names here, what is not our default."""
+    if row.origin is None:
+        return {name: value for name, value in row.said.items() if value is not None}
     said: dict[str, Any] = {}
     for name in SamplingParams.__struct_fields__:
-        value = getattr(params, name)
+        value = getattr(row.params, name)
         if value != getattr(_DEFAULTS, name):
             said[_WIRE_NAMES.get(name, name)] = value
     if "logit_bias" in said:
-        said["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
+        said["logit_bias"] = {str(token): bias for token, bias in row.params.logit_bias}
     return said

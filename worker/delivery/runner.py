@@ -17,7 +17,7 @@ import msgspec
 from worker import wire
 from worker.delivery.commit import Committer
 from worker.delivery.inputs import rows_of
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold, RowRunner
 from worker.delivery.splitter import Splitter
 from worker.delivery.spool import Spool
 from worker.errors import (

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from worker.engine.parallel.cuts import plan_cuts
+from worker.engine.cuts import plan_cuts
 from worker.engine.products import has_bfloat16
 from worker.engine.rope import RopeScaling
 from worker.engine.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import Target
+from worker.engine.adapters.adapter import Target
 from worker.engine.projections import features, is_linear
 
 
@@ -29,6 +29,7 @@ def discover(model: PreTrainedModel, forward: Callable[[], object], num_tokens: 
     A module that sees another number of tokens (an expert, the head) has no slots for them.
     """
     calls: list[tuple[str, nn.Module, torch.Tensor]] = []
+    leaves = _leaves(model)
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -37,7 +38,7 @@ def discover(model: PreTrainedModel, forward: Callable[[], object], num_tokens: 
 
         return hook
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in _leaves(model)]
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in leaves]
     try:
         forward()
     finally:
@@ -45,7 +46,6 @@ def discover(model: PreTrainedModel, forward: Callable[[], object], num_tokens: 
             handle.remove()
     ends = _ends(model)
     seen = {name: _seen(x.shape, num_tokens) for name, _, x in calls}
-    leaves = _leaves(model)
     targets = {name: _target(module, ends, seen.get(name, _UNSEEN)) for name, module in leaves}
     usable = [
         (name, x)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from worker.engine.adapter import LoRAWeights, Vocabulary
+from worker.engine.adapters.adapter import LoRAWeights, Vocabulary
+from worker.engine.base_model import BaseModel
 from worker.engine.kv_cache import KVCache, OwnBlocks, SharedBlocks
 from worker.engine.lora_slots import LoRASlots
 from worker.engine.model_runner import Launched, ModelRunner, Outcome
-from worker.engine.rope import RopeScaling
 from worker.engine.sampler import check
 from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
 from worker.engine.sequence import Sequence, Status
@@ -64,38 +64,33 @@ class Engine:
     """Continuous batching over one base model and the adapters of `weights`.
 
     A request's adapter must be loaded, and stay so, from `add` to its completion: `weights` is asked
-    for it when the adapter gets a slot, perhaps more than once. With `prefix_reuse`, rows of one adapter
-    version that begin with the same tokens compute them once. `max_passed_over` is the most rows that
-    start before one that came earlier. `look_ahead` is for devices that work while the host prepares.
+    for it when the adapter gets a slot, perhaps more than once. `base` is the model that `runner` runs.
+    With `prefix_reuse`, rows of one adapter version that begin with the same tokens compute them once.
+    `max_passed_over` is the most rows that start before one that came earlier. `look_ahead` is for devices
+    that work while the host prepares.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
-        tokenizer: Tokenizer,
+        base: BaseModel,
         weights: Callable[[AdapterKey], LoRAWeights],
         *,
-        eos_token_ids: frozenset[int],
-        max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_loras: int,
         prefix_reuse: bool = True,
         max_passed_over: int = 256,
         look_ahead: bool = False,
-        rope: RopeScaling = RopeScaling(),  # noqa: B008 (it never changes)
     ) -> None:
         self._runner = runner
-        self._tokenizer = tokenizer
+        self._tokenizer = base.tokenizer
         self._weights = weights
-        self._eos = eos_token_ids
-        self.max_model_len = max_model_len
-        self._rope = rope
+        self._eos = base.eos_token_ids
+        self.max_model_len = base.max_model_len
+        self._rope = base.rope
         self._scheduler = Scheduler(
-            _kv_cache(runner.cache_shape, max_model_len, reuse=prefix_reuse),
-            LoRASlots(max_loras),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            _kv_cache(runner.cache_shape, base.max_model_len, reuse=prefix_reuse),
+            LoRASlots(runner.limits.max_loras),
+            max_num_seqs=runner.limits.max_num_seqs,
+            max_num_batched_tokens=runner.limits.max_num_batched_tokens,
             max_passed_over=max_passed_over,
         )
         self._sequences: dict[str, Sequence] = {}
@@ -125,19 +120,23 @@ class Engine:
 
         An adapter need not be loaded, so what only its own tokens and positions tell is left to `add`.
         """
-        extra = 0 if request.adapter is None else self._runner.lora_extra_vocab_size
+        extra = 0 if request.adapter is None else self._runner.limits.lora_extra_vocab_size
         known = Vocabulary(self._runner.vocab_size + extra, self._runner.num_logits + extra)
         certain = request.adapter is None or not self._rope.factors
         limit = self.max_len(request.adapter) if certain else self.max_model_len
         if request.fills:
             request = _filled(request, limit)
-        self._check(request, known, self._eos, limit)
+        whose = "the base model"
+        if request.adapter is not None:
+            whose += f" with all that adapter {request.adapter.name} may add"
+        self._check(request, known, self._eos, limit, whose)
 
-    def _check(self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int) -> None:
-        """Raise the RowError for a row of an adapter (or the base model) that knows these tokens."""
+    def _check(
+        self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int, whose: str
+    ) -> None:
+        """Raise the RowError for a row of a model, `whose` in messages, that knows these tokens."""
         if not request.prompt:
             raise InvalidParameters("The prompt has no tokens")
-        whose = "the base model" if request.adapter is None else f"adapter {request.adapter.name}"
         if max(request.prompt) >= known.reads:
             message = f"The prompt has token {max(request.prompt)}, {whose} knows {known.reads} tokens"
             raise InvalidParameters(message)
@@ -177,7 +176,7 @@ class Engine:
             weights = self._weights(request.adapter)
             endings = weights.eos_token_ids
             known = weights.vocabulary or Vocabulary(self._runner.vocab_size, self._runner.num_logits)
-            self._check(request, known, self._eos | endings, limit)
+            self._check(request, known, self._eos | endings, limit, f"adapter {request.adapter.name}")
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is in flight already")
         sequence = self._sequences[request.id] = Sequence(request, endings)

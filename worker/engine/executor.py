@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
 from worker.engine.attention import AttentionPlan, PackedAttention
 from worker.engine.attention_host import HostAttentionPlan
+from worker.engine.changes.slots import ChangeStep, ModuleChanges
 from worker.engine.kv_cache import BlockCopy, Leftover
-from worker.engine.module_changes import ChangeStep, ModuleChanges
 from worker.engine.projections import Projection
 from worker.engine.rope import scaled_positions
 from worker.engine.transfer import to_device
@@ -50,7 +50,52 @@ class LoRA(Protocol):
 
 
 class Executor(abc.ABC):
-    """One way of running a model's steps. One thread only."""
+    """What puts rows through a model, be it by this process alone or with others. One thread only."""
+
+    @abc.abstractmethod
+    def put(self, slot: int, weights: LoRAWeights) -> None:
+        """Replace whatever `slot` holds by `weights`."""
+
+    @abc.abstractmethod
+    def width(self, slot: int | None) -> int | None:
+        """How many logits the tokens of a slot have; None for as many as the base model's."""
+
+    @abc.abstractmethod
+    def order(self, rows: Sequence[PackedRow]) -> list[int]:
+        """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
+
+    @abc.abstractmethod
+    def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [kept tokens, vocabulary] of rows in `order`, valid until the next run.
+
+        With adapters that bring tokens of their own there are as many columns as the largest of them has;
+        what a row's own adapter does not have means nothing.
+
+        `latest` int64 has the tokens that rows with a `source` go on with. Nothing waits for the device. A
+        run that raised leaves nothing behind but what it wrote to the rows' own places in the cache.
+        """
+
+    @abc.abstractmethod
+    def run_uncached(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """Logits of the last token of each prompt, of two tokens or more; the cache is left alone."""
+
+    @abc.abstractmethod
+    def scrub(self, leftovers: Sequence[Leftover]) -> None:
+        """Zero what earlier rows have left in blocks."""
+
+    @abc.abstractmethod
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Make blocks begin with what others begin with, one after the other."""
+
+    def check(self) -> None:  # noqa: B027 (nothing by default)
+        """Raise EngineFailed if what runs gave since the last time may be wrong."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what runs beside this process."""
+
+
+class LocalExecutor(Executor):
+    """Runs rows by what this process has of the model."""
 
     def __init__(
         self,
@@ -64,8 +109,6 @@ class Executor(abc.ABC):
     ) -> None:
         self.lora = lora
         self.changes = changes
-        self._pairless: set[int] = set()
-        """Slots of adapters that LoRA adds nothing of."""
         self._model = model
         self._attention = attention
         self._projections = projections
@@ -75,79 +118,61 @@ class Executor(abc.ABC):
         self.merged_slot: int | None = None
         """The slot whose adapter the projections' merged products have."""
         self.merges = 0
-        """How often that has changed."""
+        """How often the merged products have changed."""
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
-        """Replace whatever `slot` holds by `weights`."""
-        self._pairless.discard(slot)
+        """See Executor."""
+        if slot == self.merged_slot:
+            self.merged_slot = None
         weights = self.changes.put(slot, weights)
-        if weights.pairs:
-            self.lora.put(slot, weights)
-        else:
-            self._pairless.add(slot)
+        self.lora.put(slot, weights)
         if self.rope_factors is not None:
             self.rope_factors[slot] = weights.rope_factor
 
+    def width(self, slot: int | None) -> int | None:
+        """See Executor."""
+        return self.changes.width(slot)
+
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
-        """How `run` wants rows: chunks before decoding rows, and those of one adapter side by side."""
+        """See Executor."""
         return sorted(
             range(len(rows)),
             key=lambda number: (
                 len(rows[number].tokens) == 1,
-                self.lora.place(self._lora_slot(rows[number])),
+                self.lora.place(rows[number].slot),
                 -1 if rows[number].slot is None else rows[number].slot,
                 rows[number].blocks[0],
             ),
         )
 
-    def _lora_slot(self, row: PackedRow) -> int | None:
-        return None if row.slot in self._pairless else row.slot
-
     def _plan_lora(self, rows: Sequence[PackedRow]) -> Any:
-        return self.lora.plan([(self._lora_slot(row), len(row.tokens)) for row in rows])
+        return self.lora.plan([(row.slot, len(row.tokens)) for row in rows])
 
     def _plan_changes(self, rows: Sequence[PackedRow]) -> ChangeStep | None:
         return self.changes.plan([(row.slot, len(row.tokens), row.keep) for row in rows])
 
     def scrub(self, leftovers: Sequence[Leftover]) -> None:
-        """Zero what earlier rows have left in blocks."""
+        """See Executor."""
         for leftover in leftovers:
             self._attention.scrub(*leftover)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """Make blocks begin with what others begin with, one after the other."""
+        """See Executor."""
         for copy in copies:
             self._attention.copy(*copy)
 
-    def check(self) -> None:  # noqa: B027 (nothing by default)
-        """Raise EngineFailed if what runs gave since the last time may be wrong."""
-
-    def close(self) -> None:  # noqa: B027
-        """End what runs beside this process."""
-
-    @abc.abstractmethod
-    def run(self, rows: Sequence[PackedRow], latest: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [kept tokens, vocabulary] of rows in `order`, valid until the next run.
-
-        With adapters that bring tokens of their own there are as many columns as the largest of them has;
-        what a row's own adapter does not have means nothing.
-
-        `latest` int64 has the tokens that rows with a `source` go on with. Nothing waits for the device. A
-        run that raised leaves nothing behind but what it wrote to the rows' own places in the cache.
-        """
-
-    def _is_merged(self, rows: Sequence[PackedRow]) -> bool:
-        """Whether all rows have the adapter that is merged."""
-        return self.merged_slot is not None and all(row.slot == self.merged_slot for row in rows)
-
     def run_uncached(self, prompts: Sequence[list[int]]) -> torch.Tensor:
-        """Logits of the last token of each prompt, of two tokens or more; the cache is left alone."""
+        """See Executor."""
         rows = [([number], 0, len(prompt)) for number, prompt in enumerate(prompts)]
         size = max(map(len, prompts))
         plan = HostAttentionPlan(rows, block_size=size, device=self._device, cached=False)
         packed = [PackedRow(row[0], 0, prompt, 1) for row, prompt in zip(rows, prompts, strict=True)]
         with self._step(plan, None, None):
             return self._forward(self._inputs(packed))
+
+    def _is_merged(self, rows: Sequence[PackedRow]) -> bool:
+        """Whether all rows have the adapter that is merged."""
+        return self.merged_slot is not None and all(row.slot == self.merged_slot for row in rows)
 
     @contextmanager
     def _step(
@@ -217,7 +242,7 @@ class Inputs(NamedTuple):
     """[kept], the tokens that give logits."""
 
 
-class HostExecutor(Executor):
+class HostExecutor(LocalExecutor):
     """By torch's own operators, at once; for CPUs."""
 
     def __init__(self, *given: Any, changes: ModuleChanges, block_size: int) -> None:

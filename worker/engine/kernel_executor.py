@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from worker.engine.attention_kernels import KernelAttentionPlan
-from worker.engine.executor import Executor, Inputs, PackedRow
+from worker.engine.changes.slots import ModuleChanges
+from worker.engine.executor import Inputs, LocalExecutor, PackedRow
 from worker.engine.graphs import Capture, DecodeGraphs, Reads, fitting_size
 from worker.engine.kernels.lora import TokenTiles
 from worker.engine.lora_kernels import KernelLoRALayers, KernelLoRAStep
-from worker.engine.module_changes import ModuleChanges
 
 
-class KernelExecutor(Executor):
+class KernelExecutor(LocalExecutor):
     """Nothing in a step waits for the device: the host writes tables, and everything follows from them."""
 
     lora: KernelLoRALayers

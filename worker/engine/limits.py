@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from worker.engine.merging import LoRAMode
-from worker.engine.rope import RopeScaling
 
 
 class EngineLimits(NamedTuple):
@@ -16,6 +15,5 @@ class EngineLimits(NamedTuple):
     max_loras: int
     max_lora_rank: int
     lora_dtype: torch.dtype
-    rope: RopeScaling = RopeScaling()
     lora_mode: LoRAMode = LoRAMode.UNMERGED
     lora_extra_vocab_size: int = 256

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.kernels.lora import (
     LoRATable,
     TokenTiles,

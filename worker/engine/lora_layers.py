@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
 from worker.engine.lora_ops import add_stack, collected, expand_stack, weighted_sums
 from worker.engine.lora_plan import Costs, Demand, Run, Shape, Way, cheapest, merge_runs
 from worker.engine.lora_table import Dimensions, Form, LoRATable, TokenEntries, every_row
@@ -70,11 +70,17 @@ class LoRALayers:
         self._num_tables = itertools.count()
         self._entries: dict[int, _Entry] = {}
         """By slot."""
+        self._empty: set[int] = set()
+        """Slots of adapters that have no pairs."""
 
     def put(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
         self._entries.pop(slot, None)
+        self._empty.discard(slot)
         try:
+            if not weights.pairs:
+                self._empty.add(slot)
+                return
             order, table = self._table(self._form(weights), next(iter(weights.pairs.values())).a.dtype)
             taken = {entry.number for entry in self._entries.values() if entry.table is table}
             number = next(number for number in itertools.count() if number not in taken)
@@ -84,18 +90,20 @@ class LoRALayers:
             self._drop_unused()
 
     def clear(self, slot: int) -> None:
+        self._empty.discard(slot)
         self._entries.pop(slot, None)
         self._drop_unused()
 
     def place(self, slot: int | None) -> tuple[int, int]:
         """A key to sort decoding rows by: `plan` wants rows that are served together side by side."""
-        return (-1, -1) if slot is None else self._entries[slot][:2]
+        return (-1, -1) if slot is None or slot in self._empty else self._entries[slot][:2]
 
     def plan(self, spans: Sequence[tuple[int | None, int]]) -> LoRAStep | None:
         """The step for rows of `(slot, tokens)`; None when none has an adapter.
 
         Rows of one token, which decode, come last, in the order of `place`.
         """
+        spans = [(None if slot in self._empty else slot, tokens) for slot, tokens in spans]
         num_chunks = next((index for index, (_, tokens) in enumerate(spans) if tokens == 1), len(spans))
         chunks = merge_runs(spans[:num_chunks])
         decode = merge_runs(spans[num_chunks:], sum(tokens for _, tokens in spans[:num_chunks]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 
 
 class Part(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 

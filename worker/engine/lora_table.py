@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.lora_ops import Chosen, Part, Stack, choose_rows, weighted_sums
 from worker.engine.lora_plan import Run
 from worker.engine.pages import zero_pages

@@ -46,14 +46,17 @@ class Merging:
         return self._mode is LoRAMode.UNMERGED
 
     def see(self, only: AdapterKey | None, seconds: float) -> None:
-        """Count a step that took so long; `only` is the adapter that all of its rows have, or None."""
+        """Count the last step, of so many seconds; `only` is the adapter of all rows of the next, or None.
+
+        So a stretch begins with the step before it, and its own last step is not counted.
+        """
         if only != self._only or only is None:
             self._only, self._stretch_seconds = only, 0.0
         self._stretch_seconds += seconds
 
-    def wants(self, only: AdapterKey | None) -> bool:
+    def wants(self, only: AdapterKey) -> bool:
         """Whether `only`, the adapter of all rows of the next step, should be merged before it."""
-        if only is None or only == self.merged or self.is_off:
+        if only == self.merged or self.is_off:
             return False
         if self._mode is LoRAMode.MERGED and not self._began:
             return True
@@ -64,7 +67,7 @@ class Merging:
         self.merged, self._began, self._cost_seconds = key, True, seconds
         logger.info("adapter merged", extra={"adapter": key.name, "seconds": round(seconds, 3)})
 
-    def failed(self, key: AdapterKey) -> None:
+    def failed(self, key: AdapterKey, error: Exception) -> None:
         """There is no memory for it, say: go on unmerged, for good."""
         self.merged, self._mode = None, LoRAMode.UNMERGED
-        logger.error("adapter %s could not be merged; from now on none is", key.name)
+        logger.error("adapter %s could not be merged; from now on none is", key.name, exc_info=error)

@@ -1,32 +1,30 @@
 """A batch -> tensors -> logits -> tokens."""
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from worker.engine.adapter import LoRAWeights, Target
+from worker.engine.adapters.adapter import LoRAWeights, Target
 from worker.engine.attention import PackedAttention
-from worker.engine.base_model import BaseModel, free_memory
-from worker.engine.discovery import Discovery, discover, foresee
-from worker.engine.executor import Executor, HostExecutor, PackedRow
-from worker.engine.fingerprints import fingerprints
+from worker.engine.base_model import BaseModel
+from worker.engine.cache_size import CacheShape, choose_cache_shape
+from worker.engine.changes.slots import ModuleChanges
+from worker.engine.discovery import Discovery, discover
+from worker.engine.executor import Executor, HostExecutor, LocalExecutor, PackedRow
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.limits import EngineLimits
 from worker.engine.lora_layers import LoRALayers
 from worker.engine.lora_plan import Costs
 from worker.engine.merging import LoRAMode, Merging
-from worker.engine.module_changes import ModuleChanges
 from worker.engine.pages import give_back_freed
 from worker.engine.parallel.share import Share
 from worker.engine.projections import Projection, tied_weights
-from worker.engine.rope import RopeScaling, check_scalable, scaled
+from worker.engine.proof import Expected, Probe, check_packed, expect, sound
 from worker.engine.sampler import Group, Sample, Sampled, choose_in_groups, collect, fetch, prepare
 from worker.engine.scheduler import Batch, ScheduledRow
 from worker.engine.scores import Scores
@@ -37,18 +35,8 @@ from worker.jobs import AdapterKey
 
 logger = logging.getLogger(__name__)
 
-_PAGED_BLOCK_SIZE = 32
-_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
-"""Of the free memory: a GPU is ours alone, a host is not, and holds adapters as well."""
 _WINDOWS = ("sliding_window", "keep_window_size", "attention_window_size", "window_size")
 """Names under which configurations keep the length of a local attention."""
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Relative difference of logits, packed against plain, that rounding explains."""
-
-
-class CacheShape(NamedTuple):
-    num_blocks: int
-    block_size: int
 
 
 class Timings(NamedTuple):
@@ -98,86 +86,70 @@ class ModelRunner:
         tuner: Tuner | None = None,
         kernels: bool | None = None,
         share: Share | None = None,
+        expected: Expected | None = None,
     ) -> None:
         """`memory_share` is the part of the memory left by the weights that the KV cache may take.
 
         None stands for 0.4 on a CPU and 0.85 on a GPU. `cache_shape` overrides what would be chosen, `costs`
         what LoRA goes by on a CPU. `kernels` is whether the project's own kernels run, which on a GPU they
-        do, and `tuner` fits those of LoRA to the device. With a `share` the model, which is on the host, is
-        cut down to it; all ranks construct theirs at the same time, and alike, rank 0 from the whole.
+        do, and `tuner` fits those of LoRA to the device. With a `share` the model is cut down to it already;
+        all ranks construct theirs at the same time, and alike, but that only rank 0 has what was
+        `expected`, which may be left out without a share.
         """
         self._base = base
         self._model = base.model
-        self._limits = limits
+        self.limits = limits
         self._share = share
-        if share is not None and limits.lora_mode is not LoRAMode.UNMERGED:
-            raise ModelError(f"lora_mode is {limits.lora_mode}, and a model that is shared cannot be merged")
+        assert share is None or limits.lora_mode is LoRAMode.UNMERGED, "settings are checked"
         self._kernels = base.device.type == "cuda" if kernels is None else kernels
         self._attention = PackedAttention()
         self._merging = Merging(limits.lora_mode)
         self.timings = Timings(0.0, 0.0, 0.0)
-        embeddings: Any = base.model.get_input_embeddings()
-        self.vocab_size: int = embeddings.weight.shape[0]
+        self._probe = Probe(base)
+        self.vocab_size = self._probe.vocab_size
         """Token ids from this on are unknown to the model."""
-        self._probe = _Probe(self.vocab_size, min(12, base.max_model_len))
-        try:
-            expected = self._expect()
-            if share is not None:
-                share.take(self._model)
-                self._model.to(base.device)  # type: ignore[arg-type]
+        if share is None and expected is None:
+            expected = expect(base)
+        if expected is not None:
+            self.num_logits = expected.num_logits
+            """Token ids from this on are never generated."""
+            self.base_rows = expected.base_rows
+        with sound(base.model):
             self._build(expected, cache_shape, memory_share, costs, tuner)
-        except (ModelError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as exc:  # whatever a model's own code makes of the example
-            name = type(base.model).__name__
-            raise ModelError(f"{name} cannot be served: a short example ended with {exc!r}") from exc
-
-    @torch.inference_mode()
-    def _expect(self) -> "_Expected":
-        """What only the whole model tells; a rank that has not got it leaves it to rank 0."""
-        share, rope = self._share, self._limits.rope
-        if rope.factors:
-            check_scalable(self._base.model.config.get_text_config(), type(self._model).__name__)
-        self.base_rows: dict[str, torch.Tensor] = {}
-        """Of the weights that have a row for each token, by module; see `fingerprints`."""
-        if share is not None and share.rank.number:
-            return _Expected(None, dict.fromkeys(rope.factors))
-        device = self._base.device if share is None else torch.device("cpu")
-        expected = self._probe.expected(self._model, device)
-        self.num_logits: int = expected.shape[-1]
-        """Token ids from this on are never generated."""
-        self.base_rows = self._fingerprints()
-        return _Expected(expected, self._expect_scaled(rope, device))
 
     @torch.inference_mode()
     def _build(
         self,
-        expected: "_Expected",
+        expected: Expected | None,
         cache_shape: CacheShape | None,
         memory_share: float | None,
         costs: Costs | None,
         tuner: Tuner | None,
     ) -> None:
-        model, device = self._model, self._base.device
-        model.set_attn_implementation(self._attention.name)
+        base, model, limits, attention = self._base, self._model, self.limits, self._attention
+        model.set_attn_implementation(attention.name)
         found = self._discover(self._probe)
-        self.targets: dict[str, Target] = self._checked(found)
+        self.targets: dict[str, Target] = self._checked(found, expected)
         """Modules that adapters may name."""
         projections, head = self._project(found)
         self._projections = projections
         changes = ModuleChanges(model, projections, head, self.targets, found.axes)
         give_back_freed()
-        self.cache_shape = cache_shape or self._choose_cache_shape(self._limits.max_num_seqs, memory_share)
+        group = None if self._share is None else self._share.group
+        self.cache_shape = cache_shape or choose_cache_shape(
+            base, limits.max_num_seqs, attention.bytes_per_token, memory_share, group
+        )
         blocks, size = self.cache_shape
-        self._attention.allocate(blocks + self._kernels, size, device)
-        self._executor = self._make_executor(projections, changes, costs, tuner)
-        if self._limits.rope.factors:
-            self._executor.rope_factors = {}  # before the first step: what graphs are given depends on it
-        self._verify(self._probe, expected.plain)
-        for factor, own in expected.scaled.items():
-            self._executor.rope_factors = {None: factor}
-            self._verify(self._probe, own)
-            self._executor.rope_factors = {}
+        attention.allocate(blocks + self._kernels, size, base.device)
+        executor = self._local = self._make_executor(projections, changes, costs, tuner)
+        self._executor: Executor = executor
+        for factor in (1.0, *base.rope.factors):
+            if base.rope.factors:  # before the first step: what graphs are given depends on it
+                executor.rope_factors = {None: factor}
+            own = None if expected is None else expected.logits[factor]
+            check_packed(base, executor, attention, size, own)
+        if base.rope.factors:
+            executor.rope_factors = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -204,16 +176,9 @@ class ModelRunner:
     @torch.inference_mode()
     def put_adapter(self, slot: int, weights: LoRAWeights) -> None:
         """Replace whatever `slot` holds by `weights`."""
-        if slot == self._executor.merged_slot:
-            self._executor.merged_slot = None
         self._executor.put(slot, weights)
         if weights.key == self._merging.merged:
-            self._executor.merged_slot = slot
-
-    @property
-    def lora_extra_vocab_size(self) -> int:
-        """Tokens that an adapter may bring at most."""
-        return self._limits.lora_extra_vocab_size
+            self._local.merged_slot = slot
 
     @torch.inference_mode()
     def merge_for(self, rows: Iterable[ScheduledRow], weights: Callable[[AdapterKey], LoRAWeights]) -> bool:
@@ -233,20 +198,19 @@ class ModelRunner:
             return False
         if self._merging.wants(only) and not weights(only).changes:
             self._merge(slot, weights(only))
-        return slot == self._executor.merged_slot
+        return slot == self._local.merged_slot
 
     def _merge(self, slot: int | None, weights: LoRAWeights) -> None:
-        executor, started = self._executor, time.perf_counter()
+        executor, started = self._local, time.perf_counter()
         executor.merged_slot = None
         executor.merges += 1
         try:
             for names, projection in self._projections.items():
                 projection.merge([weights.pairs.get(name) for name in names])
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as exc:
             for projection in self._projections.values():
                 projection.merge([])
-            logger.warning("merging failed", exc_info=True)
-            self._merging.failed(weights.key)
+            self._merging.failed(weights.key, exc)
             return
         executor.merged_slot = slot
         self._merging.done(weights.key, time.perf_counter() - started)
@@ -346,7 +310,8 @@ class ModelRunner:
 
     def _width(self, sequence: Sequence) -> int:
         """How many logits a row has."""
-        return self._executor.changes.width(sequence.slot) or self.num_logits
+        own = self._executor.width(sequence.slot)
+        return self.num_logits if own is None else own
 
     def _score(self, rows: list[ScheduledRow], logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
         """What rows want to know of tokens that they have, and the logits to sample from."""
@@ -368,15 +333,7 @@ class ModelRunner:
         kept = to_device(torch.tensor(ends, dtype=torch.long), logits.device)
         return scores, logits.index_select(0, kept)
 
-    def _expect_scaled(self, rope: RopeScaling, device: torch.device) -> dict[float, torch.Tensor | None]:
-        """The example's logits by each factor that positions may be scaled with."""
-        found: dict[float, torch.Tensor | None] = {}
-        for factor in rope.factors:
-            with scaled(self._model, factor):
-                found[factor] = self._probe.expected(self._model, device)
-        return found
-
-    def _discover(self, probe: "_Probe") -> Discovery:
+    def _discover(self, probe: Probe) -> Discovery:
         """Run the example once without a cache: which layers attend how, which modules see its tokens."""
         lora, changes = LoRALayers({}, max_loras=0), ModuleChanges(self._model, {}, None, {}, {})
         attention, device = self._attention, self._base.device
@@ -392,25 +349,15 @@ class ModelRunner:
         self._check_windows()
         return found
 
-    def _checked(self, found: Discovery) -> dict[str, Target]:
+    def _checked(self, found: Discovery, expected: Expected | None) -> dict[str, Target]:
         """The targets as the whole model has them, without a head whose output is not yet the logits."""
         share, head = self._share, found.head
         targets = dict(found.targets if share is None else share.whole(found.targets))
-        knows = share is None or not share.rank.number
-        if head is not None and knows and targets[head].out_features != self.num_logits:
-            cut = f"it writes {targets[head].out_features} logits, the model {self.num_logits}"
+        num_logits = None if expected is None else expected.num_logits
+        if head is not None and num_logits not in {None, targets[head].out_features}:
+            cut = f"it writes {targets[head].out_features} logits, the model {num_logits}"
             targets[head] = targets[head]._replace(refused=cut, fixed=cut)
         return targets
-
-    def _fingerprints(self) -> dict[str, torch.Tensor]:
-        """Only while the weights are there, whole: a packed one cannot be looked at again."""
-        if not self._limits.max_loras:
-            return {}
-        names = [name for name, target in foresee(self._model).items() if target.has_tokens]
-        weights = {name: self._model.get_parameter(f"{name}.weight") for name in names}
-        known = {weight.data_ptr(): weight for weight in weights.values()}  # what is tied is looked at once
-        found = {pointer: fingerprints(weight) for pointer, weight in known.items()}
-        return {name: found[weight.data_ptr()] for name, weight in weights.items()}
 
     def _project(
         self, found: Discovery
@@ -434,12 +381,12 @@ class ModelRunner:
         changes: ModuleChanges,
         costs: Costs | None,
         tuner: Tuner | None,
-    ) -> Executor:
+    ) -> LocalExecutor:
         parts = self._model, self._attention, list(projections.values())
         blocks, size = self.cache_shape
         device = self._base.device
         if not self._kernels:
-            lora = LoRALayers(projections, self._limits.max_loras, costs or Costs())
+            lora = LoRALayers(projections, self.limits.max_loras, costs or Costs())
             return HostExecutor(*parts, lora, device, changes=changes, block_size=size)
         # Not before they are wanted: a machine without a GPU need not have Triton.
         from worker.engine.graphs import CudaCapture  # noqa: PLC0415
@@ -448,13 +395,13 @@ class ModelRunner:
 
         return KernelExecutor(
             *parts,
-            KernelLoRALayers(projections, device, self._limits, self._base.dtype, tuner),
+            KernelLoRALayers(projections, device, self.limits, self._base.dtype, tuner),
             device,
             changes=changes,
             num_blocks=blocks,
             block_size=size,
             max_blocks=-(-self._base.max_model_len // size),
-            max_num_seqs=self._limits.max_num_seqs,
+            max_num_seqs=self.limits.max_num_seqs,
             # Collectives in a captured graph have not been tried.
             capture=CudaCapture(device) if device.type == "cuda" and self._share is None else None,
         )
@@ -474,87 +421,6 @@ class ModelRunner:
         for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
             if (kind == "sliding_attention") and self._attention.shapes[layer].window is None:
                 raise ModelError(f"layer {layer} has sliding attention, and does not tell its window")
-
-    def _choose_cache_shape(self, max_num_seqs: int, memory_share: float | None) -> CacheShape:
-        """One block a sequence where all of them fit at full length, else small blocks in what there is."""
-        length, device = self._base.max_model_len, self._base.device
-        share = _MEMORY_SHARE[device.type] if memory_share is None else memory_share
-        if self._share is not None:
-            group = self._share.group
-            # The ranks of a host share its memory; all that each lets go of has been let go of by all.
-            group.least(0)
-            budget = int(free_memory(device) * share)
-            budget = group.least(budget // (group.rank.degree if device.type == "cpu" else 1))
-        else:
-            budget = int(free_memory(device) * share)
-        tokens = budget // self._attention.bytes_per_token
-        if tokens >= max_num_seqs * length and device.type == "cpu":
-            return CacheShape(max_num_seqs, length)
-        for_one = -(-length // _PAGED_BLOCK_SIZE)
-        blocks = min(tokens // _PAGED_BLOCK_SIZE, max_num_seqs * for_one)
-        if blocks < for_one:
-            needed = length * self._attention.bytes_per_token
-            raise ModelError(
-                f"one sequence of max_model_len {length} needs {needed >> 20} MiB of cache, and memory_share "
-                f"{share:g} of what is free on {device} is {budget >> 20} MiB: lower max_model_len or raise "
-                "memory_share"
-            )
-        return CacheShape(blocks, _PAGED_BLOCK_SIZE)
-
-    def _verify(self, probe: "_Probe", expected: torch.Tensor | None) -> None:
-        """Put each row through in chunks, then token by token; all logits must be the model's own.
-
-        Without them this is a rank that takes its part, and leaves it to rank 0 to judge.
-        """
-        size = self.cache_shape.block_size
-        blocks = list(range(-(-probe.length // size)))
-        worst = 0.0
-        for row in range(len(probe.prompts)):
-            got = []
-            for offset, tokens in probe.steps(row):
-                logits = self._executor.run([PackedRow(blocks, offset, tokens, len(tokens))])
-                got.append(logits.clone())  # the next run may overwrite them
-            if expected is not None:
-                own = expected[row]
-                worst = max(worst, float((torch.cat(got).float().to(own.device) - own).norm() / own.norm()))
-            for block in blocks:
-                self._attention.scrub(block, 0, min(size, probe.length))
-        limit = _TOLERANCE[self._base.dtype]
-        if not worst <= limit:
-            raise ModelError(
-                f"{type(self._model).__name__} cannot be served: packed logits differ from its own by "
-                f"{worst:.2g} of their size, the limit is {limit:.2g} for {self._base.dtype}"
-            )
-
-
-class _Expected(NamedTuple):
-    """The example's logits from the plain model; None on a rank that does not judge its own."""
-
-    plain: torch.Tensor | None
-    scaled: dict[float, torch.Tensor | None]
-    """By each factor that positions may be scaled with."""
-
-
-class _Probe:
-    """Two short rows of tokens whose logits are known from the plain model."""
-
-    def __init__(self, vocab_size: int, length: int) -> None:
-        self.length = length
-        generator = torch.Generator().manual_seed(0)
-        self.prompts = torch.randint(vocab_size, (2, length), generator=generator).tolist()
-
-    def expected(self, model: nn.Module, device: torch.device) -> torch.Tensor:
-        """[2, length, vocabulary] float32."""
-        logits: torch.Tensor = model(
-            input_ids=torch.tensor(self.prompts, device=device), use_cache=False
-        ).logits
-        return logits.float()
-
-    def steps(self, row: int) -> Iterator[tuple[int, list[int]]]:
-        """Offset and tokens of each pass: a prefill, a chunk, then one by one."""
-        first, second = self.length // 3, 2 * self.length // 3
-        for start, stop in itertools.pairwise(sorted({0, first, *range(second, self.length + 1)})):
-            yield start, self.prompts[row][start:stop]
 
 
 def _packed(row: ScheduledRow, places: dict[int, int]) -> PackedRow:

@@ -7,6 +7,10 @@ from torch.nn import functional
 
 
 class Product(Protocol):
+    @property
+    def weight(self) -> torch.Tensor:
+        """What it was made of, [out, in]; perhaps a copy that is made now, and in a wider type."""
+
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         """[..., in] -> [..., out], contiguous; any floating type that the product was made for."""
 
@@ -71,11 +75,16 @@ class _Packed:
         self._weight = _ONEDNN._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)  # noqa: SLF001
         self._bias = bias
 
+    @property
+    def weight(self) -> torch.Tensor:
+        # Unpacked it is what was packed, to the last bit.
+        weight: torch.Tensor = self._weight.to_dense().to(self._dtype)
+        return weight
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         own = x.to(self._dtype).contiguous()
         y: torch.Tensor = _ONEDNN._linear_pointwise(own, self._weight, self._bias, "none", [], "")  # noqa: SLF001
         return y.to(x.dtype)
 
     def plus(self, delta: torch.Tensor, spare: Product | None) -> Product:
-        # Unpacked it is what was packed, to the last bit.
-        return _Packed(self._weight.to_dense().to(self._dtype) + delta.to(self._dtype), self._bias)
+        return _Packed(self.weight + delta.to(self._dtype), self._bias)

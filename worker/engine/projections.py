@@ -6,14 +6,14 @@ is called computes all of it, as one product, and the others hand out their part
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.products import Product, make_product
 
 
@@ -79,7 +79,7 @@ class Projection:
         """Take over the weights of `modules`, but those whose data pointer is in `keep`."""
         self.in_features = features(modules[0])[0]
         self.sizes = [features(module)[1] for module in modules]
-        self._device = _weight(modules[0]).device
+        self.device = _weight(modules[0]).device
         self.addition: Addition | None = None
         self.change: Addition | None = None
         """As `addition`, before it; None unless an adapter does more than add."""
@@ -88,8 +88,6 @@ class Projection:
         self._exchange = exchange
         weight, self.bias = _fused(modules)
         """[sum of out]; None where no module has one."""
-        self.row_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        """Of the rows of the weights: [sum of out]."""
         self.dtype = weight.dtype
         """Of what it is given."""
         self._product, needed = make_product(weight, self.bias)
@@ -113,7 +111,7 @@ class Projection:
         spare, self._merged = self._merged, None
         if not any(pairs):
             return
-        delta = torch.zeros(sum(self.sizes), self.in_features, device=self._device)
+        delta = torch.zeros(sum(self.sizes), self.in_features, device=self.device)
         for part, pair in zip(torch.split(delta, self.sizes), pairs, strict=True):
             if pair is not None:
                 torch.mm(pair.b.to(part), pair.a.to(part), out=part)
@@ -123,6 +121,12 @@ class Projection:
     def columns(self) -> list[slice]:
         """Where in the output each module's part is."""
         return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(self.sizes, initial=0))]
+
+    @cached_property
+    def row_norms(self) -> torch.Tensor:
+        """Of the rows of the weights: float32 [sum of out]."""
+        norms: torch.Tensor = torch.linalg.vector_norm(self._product.weight, dim=1, dtype=torch.float32)
+        return norms
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [n, in] by the weights alone: [n, sum of out]."""

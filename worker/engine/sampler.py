@@ -28,7 +28,7 @@ from worker.engine.logit_changes import (
     plan_changes,
     restrict,
 )
-from worker.engine.samples import Sample, Sampled, Told, collect, fetch, merge
+from worker.engine.samples import Sample, Sampled, Told, collect, fetch, in_one
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import to_device
 from worker.errors import InvalidParameters
@@ -167,7 +167,7 @@ def choose_in_groups(
         chosen.append(
             (places, rows, choose(own, plan, None if latest is None else latest.index_select(0, places)))
         )
-    return merge(chosen)
+    return in_one(chosen)
 
 
 def _is_plain(params: SamplingParams) -> bool:

@@ -45,7 +45,7 @@ class Sampled(NamedTuple):
     """When this has happened a copy that is under way is complete."""
 
 
-def merge(parts: Sequence[tuple[torch.Tensor, Sequence[int], Sampled]]) -> Sampled:
+def in_one(parts: Sequence[tuple[torch.Tensor, Sequence[int], Sampled]]) -> Sampled:
     """What was chosen for the rows of a step, from parts of them.
 
     Each part comes with where its rows stand, on the device and on the host.

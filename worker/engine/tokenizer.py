@@ -75,11 +75,8 @@ class Tokenizer:
 
     @property
     def patterns(self) -> frozenset[str]:
-        """The regular expressions in its tokenizer.json, or what transformers made of that."""
-        rust = getattr(self._tokenizer, "backend_tokenizer", None)
-        parts = (rust.normalizer, rust.pre_tokenizer, rust.decoder) if rust is not None else ()
-        states = (json.loads(part.__getstate__()) for part in parts if part is not None)
-        return frozenset(pattern for state in states for pattern in _patterns(state))
+        """See `patterns_of`."""
+        return patterns_of(self._tokenizer)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt that the model's chat template makes of `messages`, ready for an answer.
@@ -150,6 +147,14 @@ class Tokenizer:
     def _spell(self, tokens: list[int]) -> str:
         """Text of `tokens` with the special ones."""
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def patterns_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The regular expressions in its tokenizer.json, or what transformers made of that."""
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (rust.normalizer, rust.pre_tokenizer, rust.decoder) if rust is not None else ()
+    states = (json.loads(part.__getstate__()) for part in parts if part is not None)
+    return frozenset(pattern for state in states for pattern in _patterns(state))
 
 
 def _patterns(state: object) -> Iterator[str]:

@@ -23,7 +23,7 @@ from worker.wire.results import failure_in
 from worker.wire.streams import Events, Streamed
 
 Answering = Callable[[str, Sequence[Row], float, OnDelta | None], Awaitable[list[RowResult]]]
-"""`RowRunner.answer`."""
+"""`EngineRows.answer`."""
 
 STATUSES = {
     "model_not_found": 404,

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 
 import msgspec
 
@@ -12,7 +12,8 @@ from worker.bridge import Bridge
 from worker.core import Core, flow_of
 from worker.custom.opening import open_formatters
 from worker.delivery.inputs import rows_of
-from worker.delivery.rows import Hold, RowRunner
+from worker.delivery.row_runner import Hold
+from worker.delivery.rows import EngineRows
 from worker.jobs import Job, RowResult
 from worker.local.input import LocalInput
 from worker.model_source import local_weights
@@ -42,7 +43,7 @@ async def run_rows(
     )
     bridging = Bridge(core.engine, core.store, max_passed_over=settings.max_passed_over)
     async with opened as formatters, bridging as bridge:
-        runner = RowRunner(
+        runner = EngineRows(
             bridge,
             core.base.tokenizer,
             adapters,
@@ -54,7 +55,7 @@ async def run_rows(
             job.given, base_models=settings.model_names, keeps_raw=runner.keeps_raw
         )
         job = msgspec.structs.replace(job, given=given)
-        with runner.hold() as hold:
+        with closing(runner), runner.hold() as hold:
             hold.take(job)
             async with _telling(hold, on_left), aclosing(rows_of(job, source)) as rows:
                 await runner.run(hold, rows, lambda result: result, emit)

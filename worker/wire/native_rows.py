@@ -31,8 +31,8 @@ def read_native(draft: Draft, item: object) -> Row:
     elif fields.get("target") is not None:
         raise InvalidLine("the row has a target, which is for jobs of task score")
     read = read_score_parameters if scored else read_parameters
-    params = read({**_parameters(draft.given.parameters), **_parameters(fields.get("parameters"))})
-    return draft.done(**prompt, params=params)
+    said = {**_parameters(draft.given.parameters), **_parameters(fields.get("parameters"))}
+    return draft.done(**prompt, params=read(said), said=said)
 
 
 def _fields(item: object) -> dict[str, Any]:

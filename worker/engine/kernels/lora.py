@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.kernels.tiles import power_of_two
 from worker.engine.kernels.tilings import RANK_ALIGNMENT, Tiling, Work, default_tiling, tile_size
 from worker.engine.lora_ops import Part, Stack

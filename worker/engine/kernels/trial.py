@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from worker.engine.adapter import LoRAPair
+from worker.engine.adapters.adapter import LoRAPair
 from worker.engine.kernels.lora import LoRATable, TokenTiles, add_lora, scratch_size, tile_tokens
 from worker.engine.kernels.tilings import Dimensions, Situation, Tiling, Work, work_of
 from worker.engine.lora_ops import add_stack

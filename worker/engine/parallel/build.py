@@ -2,16 +2,16 @@
 
 import torch
 
-from worker.engine.base_model import BaseModel, load_base_model, load_outline, resolve_device
+from worker.engine.base_model import BaseModel, load_outline, resolve_device
+from worker.engine.cache_size import CacheShape
+from worker.engine.cuts import Rank, plan_cuts
 from worker.engine.kernels.tilings import Tuner
-from worker.engine.limits import EngineLimits
 from worker.engine.lora_plan import Costs
-from worker.engine.model_runner import CacheShape, ModelRunner
+from worker.engine.model_runner import ModelRunner
 from worker.engine.pages import give_back_freed
-from worker.engine.parallel.cuts import Rank, plan_cuts
-from worker.engine.parallel.orders import Setup
 from worker.engine.parallel.share import Share
-from worker.engine.products import product_dtype
+from worker.engine.proof import Expected, expect
+from worker.engine.setup import Setup, limits_of, load_model
 from worker.errors import ModelError
 
 
@@ -33,61 +33,43 @@ def device_of(name: str, degree: int, rank: int) -> torch.device:
 
 def check_sharing(name: str, degree: int, weights: str | None, *, trust_remote_code: bool) -> None:
     """Raise ModelError if the devices are not there, or the model in folder `weights` cannot be divided."""
-    for rank in range(degree):
-        device_of(name, degree, rank)
+    device_of(name, degree, 0)  # which looks for all of them
     if weights is not None:
         plan_cuts(load_outline(weights, trust_remote_code=trust_remote_code), degree)
 
 
-def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share]:
-    """The model on the host, of which all ranks but the first have taken their share. Raises ModelError.
+def load(setup: Setup, rank: Rank) -> tuple[BaseModel, Share, Expected | None]:
+    """A rank's share of the model, on its device. Raises ModelError.
 
-    Rank 0 needs the whole once more, to know what the shares must compute together.
+    Rank 0 asks the whole first what the shares must compute together; nobody may wait for it meanwhile.
     """
     share = Share(rank, fully_sharded=setup.fully_sharded)
-    base = load_base_model(
-        setup.weights,
-        device=device_of(setup.device, setup.degree, rank.number),
-        dtype=setup.dtype,
-        max_model_len=setup.max_model_len,
-        trust_remote_code=setup.trust_remote_code,
-        degree=setup.degree,
-        rope_factors=setup.rope_factors,
-    )
-    if rank.number:
-        share.take(base.model)
-        give_back_freed()
-    return base, share
-
-
-def lora_dtype_of(setup: Setup, base: BaseModel) -> torch.dtype:
-    """The type of the adapters' weights."""
-    if setup.lora_dtype == "auto":
-        return product_dtype(base.dtype, base.device)
-    dtype: torch.dtype = getattr(torch, setup.lora_dtype)
-    return dtype
+    base = load_model(setup, device_of(setup.device, setup.degree, rank.number))
+    expected = None if rank.number else expect(base, adapters=setup.adapters)
+    share.take(base.model)
+    base.model.to(base.device)  # type: ignore[arg-type]
+    give_back_freed()
+    return base, share, expected
 
 
 def build_runner(
-    setup: Setup, base: BaseModel, share: Share, tuner: Tuner | None, costs: Costs | None
+    setup: Setup,
+    base: BaseModel,
+    share: Share,
+    *,
+    tuner: Tuner | None,
+    costs: Costs | None,
+    expected: Expected | None = None,
 ) -> ModelRunner:
     """The runner of a rank that has met the others, which all build at once. Raises ModelError."""
-    limits = EngineLimits(
-        max_num_seqs=setup.max_num_seqs,
-        max_num_batched_tokens=setup.max_num_batched_tokens,
-        max_loras=setup.max_loras,
-        max_lora_rank=setup.max_lora_rank,
-        lora_dtype=lora_dtype_of(setup, base),
-        rope=base.rope,
-        lora_extra_vocab_size=0,  # tokens of an adapter's own would need modules of its own
-    )
     return ModelRunner(
         base,
-        limits,
+        limits_of(setup, base),
         cache_shape=None if setup.cache_shape is None else CacheShape(*setup.cache_shape),
         memory_share=setup.memory_share,
         costs=costs,
         tuner=tuner,
         kernels=setup.kernels,
         share=share,
+        expected=expected,
     )

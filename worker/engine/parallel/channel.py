@@ -15,7 +15,7 @@ class Channel:
     """One end, used from one thread at a time. What raised `Gone` is of no more use."""
 
     def __init__(self, end: socket.socket, timeout_seconds: float) -> None:
-        """`timeout_seconds` is how long a message under way may stand still."""
+        """`timeout_seconds`: how long what is received may stand still, or a piece that is sent may take."""
         self._socket = end
         self._timeout = timeout_seconds
 

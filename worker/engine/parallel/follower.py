@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from worker.engine.cuts import Rank
 from worker.engine.executor import Executor
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.parallel import orders
 from worker.engine.parallel.build import build_runner, load
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
 
 logger = logging.getLogger(__name__)
@@ -120,12 +120,12 @@ def _serve(begin: orders.Begin, channel: Channel) -> None:
     setup, rank = begin.setup, Rank(begin.rank, begin.setup.degree)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(begin.threads)
-    base, share = load(setup, rank)
+    base, share, _ = load(setup, rank)
     channel.send(orders.encode(orders.Loaded()))
     meet = orders.read_order(channel.receive(None))
     assert isinstance(meet, orders.Meet), meet
     share.group = ProcessGroup(rank, base.device, Path(begin.place), setup.step_seconds)
-    runner = build_runner(setup, base, share, ToldTuner(channel), meet.costs)
+    runner = build_runner(setup, base, share, tuner=ToldTuner(channel), costs=meet.costs)
     channel.send(orders.encode(orders.Done()))
     Follower(runner.executor, share.group, channel, base.device).follow(setup.settle_seconds)
 

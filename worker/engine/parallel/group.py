@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import distributed
 
-from worker.engine.parallel.cuts import Rank
+from worker.engine.cuts import Rank
 from worker.errors import ModelError
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from worker.engine.adapter import LoRAWeights
+from worker.engine.adapters.adapter import LoRAWeights
+from worker.engine.cuts import Rank
 from worker.engine.executor import Executor, PackedRow
 from worker.engine.kernels.tilings import Fit, Situation, Tuner
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.parallel import orders
 from worker.engine.parallel.channel import Channel, Gone
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.share import Share
 from worker.errors import EngineFailed
 
@@ -84,14 +84,16 @@ class LeadingExecutor(Executor):
         settle_seconds: float,
     ) -> None:
         """Wait so long for what the others have to answer, and for them to agree that a step has failed."""
-        self.lora, self.changes = own.lora, own.changes
-        self.merged_slot = None  # what ranks have parts of is never merged
         self._own = own
         self._share = share
         self._followers = followers
         self._processes = processes
         self._step_seconds = step_seconds
         self._settle_seconds = settle_seconds
+
+    def width(self, slot: int | None) -> int | None:
+        """See Executor."""
+        return self._own.width(slot)
 
     def order(self, rows: Sequence[PackedRow]) -> list[int]:
         """See Executor."""
@@ -185,7 +187,7 @@ def first_failure(followers: Followers, timeout_seconds: float) -> str | None:
     """What one of them has told of its failure, if it has; otherwise None, perhaps after so long for each."""
     for rank in followers.ranks:
         try:
-            answer: Any = followers.answer(rank, timeout_seconds)
+            answer = followers.answer(rank, timeout_seconds)
         except EngineFailed:
             continue
         if isinstance(answer, orders.Failed):

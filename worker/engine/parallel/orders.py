@@ -6,42 +6,13 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.executor import PackedRow
 from worker.engine.kernels.tilings import Fit, Tiling, Work
 from worker.engine.kv_cache import BlockCopy, Leftover
 from worker.engine.lora_plan import Costs
+from worker.engine.setup import Setup
 from worker.jobs import AdapterKey
-
-
-class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Everything that a rank builds its share of an engine from."""
-
-    weights: str
-    """A folder, or a hub id."""
-    degree: int
-    device: str
-    """Of rank 0; rank r of several GPUs has the r-th."""
-    dtype: str
-    max_model_len: int | None
-    trust_remote_code: bool
-    fully_sharded: bool
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_loras: int
-    max_lora_rank: int
-    lora_dtype: str
-    """`auto` is what the device multiplies the model's own type in."""
-    rope_factors: tuple[float, ...] = ()
-    memory_share: float | None = None
-    cache_shape: tuple[int, int] | None = None
-    kernels: bool | None = None
-    step_seconds: float = 120.0
-    """How long a rank may wait for another that is no further."""
-    settle_seconds: float = 10.0
-    """How long one that failed in a step waits for the others to do so, too."""
-    load_seconds: float = 3600.0
-    """How long rank 0 waits for each of the others to load the model."""
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):

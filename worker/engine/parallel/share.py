@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from worker.engine.adapter import LoRAWeights, Target
-from worker.engine.parallel.cuts import Cut, Rank, Side, cut_module, cut_weights, plan_cuts
+from worker.engine.adapters.adapter import LoRAWeights, Target
+from worker.engine.cuts import Cut, Rank, Side, cut_module, cut_weights, plan_cuts
 from worker.engine.parallel.group import Group
 from worker.engine.projections import Exchange, LoRAShare, features
 
@@ -30,9 +30,7 @@ class Share:
         """Of their parameters."""
 
     def take(self, model: PreTrainedModel) -> None:
-        """Leave a whole `model` its parts, unless that was done. Raises ModelError if it cannot be shared."""
-        if self._cuts:
-            return
+        """Leave a whole `model` its parts. Raises ModelError if it cannot be shared."""
         modules = dict(model.named_modules())
         self._cuts = plan_cuts(model, self.rank.degree)
         for name, cut in self._cuts.items():
@@ -51,11 +49,15 @@ class Share:
         return whole
 
     def divide(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules with one input in groups that are cut alike; a cut that the model does not see is alone."""
+        """Modules with one input in groups that are cut alike.
+
+        A cut that the model does not see is alone, and so is an IN, whose LoRA goes by its own out.
+        """
         groups: dict[object, list[str]] = {}
         for name in names:
             cut = self._cuts.get(name)
-            groups.setdefault(name if cut is not None and cut.inside else cut, []).append(name)
+            is_alone = cut is not None and (cut.inside or cut.side is Side.IN)
+            groups.setdefault(name if is_alone else cut, []).append(name)
         return [tuple(group) for group in groups.values()]
 
     def exchange(self, names: Sequence[str]) -> Exchange | None:

@@ -13,15 +13,16 @@ import torch
 
 from worker.child import child_command
 from worker.engine.base_model import BaseModel
+from worker.engine.cuts import Rank
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_plan import Costs
 from worker.engine.model_runner import ModelRunner
 from worker.engine.parallel import orders
-from worker.engine.parallel.build import build_runner, device_of, load, lora_dtype_of
+from worker.engine.parallel.build import build_runner, device_of, load
 from worker.engine.parallel.channel import Channel
-from worker.engine.parallel.cuts import Rank
 from worker.engine.parallel.group import Group, ProcessGroup
 from worker.engine.parallel.leader import Followers, LeadingExecutor, LeadingTuner, Processes, first_failure
+from worker.engine.setup import Setup, limits_of
 from worker.errors import EngineFailed, ModelError
 
 _MODULE = "worker.engine.parallel.follower"
@@ -32,7 +33,7 @@ _LAST_WORDS_SECONDS = 2.0
 
 
 def start(
-    setup: orders.Setup,
+    setup: Setup,
     *,
     tuner: Tuner | None = None,
     measure: Callable[[torch.dtype], Costs] | None = None,
@@ -63,7 +64,7 @@ def start(
 class _Ranks(Processes):
     """The processes of ranks 1 and up, and what this one needs to work with them."""
 
-    def __init__(self, setup: orders.Setup) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._folder = tempfile.TemporaryDirectory(prefix="loramill-", ignore_cleanup_errors=True)
         self._place = Path(self._folder.name) / "ranks"
@@ -103,16 +104,17 @@ class _Ranks(Processes):
             begin = orders.Begin(setup, rank, self._each, str(self._place))
             followers.send(rank, orders.encode(begin))
             _expect([followers.answer(rank, setup.load_seconds)], orders.Loaded, rank)
+        base, share, expected = load(setup, own := Rank(0, setup.degree))
         torch.set_num_threads(self._each)
-        base, share = load(setup, own := Rank(0, setup.degree))
-        costs = None if measure is None else measure(lora_dtype_of(setup, base))
+        costs = None if measure is None else measure(limits_of(setup, base).lora_dtype)
         followers.tell(orders.Meet(costs))
         self.met = True
         share.group = self._group = ProcessGroup(own, base.device, self._place, setup.step_seconds)
         for rank, process in enumerate(self._processes, start=1):
             name = f"rank-{rank}"
             threading.Thread(target=self._watch, args=(rank, process), name=name, daemon=True).start()
-        runner = build_runner(setup, base, share, LeadingTuner(tuner, followers), costs)
+        leading = LeadingTuner(tuner, followers)
+        runner = build_runner(setup, base, share, tuner=leading, costs=costs, expected=expected)
         _expect(followers.answers(setup.step_seconds), orders.Done)
         runner.lead(
             lambda own: LeadingExecutor(

@@ -18,11 +18,11 @@ from typing import BinaryIO, Generic, NamedTuple, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from worker.engine.adapter import LoRAPair, LoRAWeights, Target, Vocabulary
-from worker.engine.adapter_changes import Kinds, assemble, not_finite
-from worker.engine.adapter_config import CONFIG_FILE, read_bytes, read_config
-from worker.engine.adapter_plan import Plan, Role, VocabularySizes
-from worker.engine.adapter_planning import make_plan
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights, Target, Vocabulary
+from worker.engine.adapters.config import CONFIG_FILE, read_bytes, read_config
+from worker.engine.adapters.expected_tensors import make_plan
+from worker.engine.adapters.plan import Plan, Role, VocabularySizes
+from worker.engine.adapters.reading import Kinds, assemble, not_finite
 from worker.engine.rope import RopeScaling
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import AdapterInvalid

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import LoRAPair, LoRAWeights
+from worker.engine.adapters.adapter import LoRAPair, LoRAWeights
 from worker.engine.projections import features, is_linear
 from worker.errors import ModelError
 
@@ -57,9 +57,6 @@ _WHOLE = frozenset({
     "embedding_rowwise", "embedding_colwise", "replicate", "replicated_with_grad_allreduce",
 })  # fmt: skip
 """What may as well stay whole on every rank."""
-
-_OF_RANK_0 = frozenset({"tokenizer"})
-"""What of an adapter the others never ask for."""
 
 
 def plan_cuts(model: PreTrainedModel, degree: int) -> dict[str, Cut]:
@@ -141,11 +138,9 @@ def _own(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def cut_weights(weights: LoRAWeights, cuts: Mapping[str, Cut], rank: Rank, *, fully: bool) -> LoRAWeights:
-    """The part of an adapter that `rank` needs. Raises ValueError for one that is more than its pairs."""
-    others = {*weights._fields} - {"key", "pairs", "rope_factor"} - _OF_RANK_0
-    found = sorted(name for name in others if getattr(weights, name))
-    if found:
-        raise ValueError(f"an adapter with {', '.join(found)} cannot be shared among devices")
+    """The part of an adapter that `rank` needs: one that only adds pairs, all else the loader refuses."""
+    others = {*weights._fields} - {"key", "pairs", "rope_factor", "tokenizer"}  # that is rank 0's
+    assert not any(getattr(weights, name) for name in others), f"more than pairs: {others}"
     pairs = {name: cut_pair(pair, cuts.get(name), rank, fully=fully) for name, pair in weights.pairs.items()}
     return LoRAWeights(weights.key, pairs, rope_factor=weights.rope_factor)
 

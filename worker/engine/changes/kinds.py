@@ -5,16 +5,19 @@ module makes of x; all of these change it in place.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from worker.engine.adapter import Change, LoRAPair, Rows
+from worker.engine.adapters.adapter import Change, LoRAPair, Rows
 from worker.engine.projections import Projection
 
 _ROWS_AT_ONCE = 8192
+
+Gains = MutableMapping[torch.Tensor, torch.Tensor]
+"""What DoRA multiplies each row by, float32, by the magnitudes: both on the host."""
 
 
 class ChangedLinear(NamedTuple):
@@ -33,33 +36,56 @@ class ChangedLinear(NamedTuple):
         _scale(y, self.gain, self.shift)
 
 
-def change_linear(
-    projection: Projection, number: int, is_transposed: bool, change: Change, pair: LoRAPair | None
-) -> tuple[ChangedLinear, LoRAPair | None]:
-    """The module of this number in `projection`, changed, and the pair that is to be added to it.
-
-    `is_transposed` says that the module keeps its weight as [in, out].
+def find_gains(
+    gains: Gains, projection: Projection, changes: Mapping[int, tuple[Change, LoRAPair | None]]
+) -> None:
+    """Work out the gains that are not known of linear modules, by their number in `projection`.
 
     With DoRA a module computes `m / |W + BA| * (W + BA) x + bias`, the norm being that of each row
     (https://huggingface.co/papers/2402.09353). A row's is `sqrt(|w|^2 + 2 b (A w) + b (A A^T) b)`, so that
-    the weights themselves need not be kept. The factor goes into B.
+    the weights themselves need not be kept. One product multiplies them by all A's.
+    """
+    columns = projection.columns
+    wanted = [
+        (columns[number], change.magnitude, pair)
+        for number, (change, pair) in changes.items()
+        if pair is not None and change.magnitude is not None and change.magnitude not in gains
+    ]
+    if not wanted:
+        return
+    a = torch.cat([pair.a for *_, pair in wanted])
+    along = projection.multiply(_moved(a, projection.device).to(projection.dtype))
+    parts = torch.split(along, [pair.rank for *_, pair in wanted])
+    for (own, magnitude, pair), part in zip(wanted, parts, strict=True):
+        gains[magnitude] = _gain(magnitude, pair, projection.row_norms[own], part[:, own]).cpu()
+
+
+def change_linear(
+    projection: Projection,
+    number: int,
+    change: Change,
+    pair: LoRAPair | None,
+    *,
+    is_transposed: bool,
+    gain: torch.Tensor | None,
+) -> tuple[ChangedLinear, LoRAPair | None]:
+    """The module of this number in `projection`, changed, and the pair that is to be added to it.
+
+    `is_transposed` says that the module keeps its weight as [in, out]. DoRA's gain goes into B.
     """
     columns = projection.columns[number]
-    device = projection.row_norms.device
-    bias = _moved(change.parameters.get("bias"), device)
+    device = projection.device
+    bias = _maybe(change.parameters.get("bias"), device)
     own_bias = None if projection.bias is None else projection.bias[columns].float()
-    weight = _moved(change.parameters.get("weight"), device)
+    weight = _maybe(change.parameters.get("weight"), device)
     if weight is not None:
         weight = weight if is_transposed else weight.T.contiguous()
         return ChangedLinear(weight, None, own_bias if bias is None else bias.float()), pair
-    gain = None
-    if change.magnitude is not None:
+    if gain is not None:
         assert pair is not None
-        a = pair.a.to(device)
-        along = projection.multiply(a.to(projection.dtype))[:, columns]
-        gain = _gain(change.magnitude.to(device), pair, projection.row_norms[columns], along)
-        pair = LoRAPair(pair.a, _scaled(pair.b.to(device), gain))
-    return ChangedLinear(None, gain, _shift(own_bias, bias, change.bias, gain, device)), pair
+        gain = _moved(gain, device)
+        pair = LoRAPair(pair.a, _scaled(_moved(pair.b, device), gain))
+    return ChangedLinear(None, gain, _shift(own_bias, bias, _maybe(change.bias, device), gain)), pair
 
 
 class ChangedHead(NamedTuple):
@@ -89,31 +115,40 @@ class ChangedHead(NamedTuple):
             y.add_((x.to(self.pair.a.dtype) @ self.pair.a) @ self.pair.b)
 
 
-def change_head(projection: Projection, width: int, change: Change) -> ChangedHead:
+def change_head(projection: Projection, width: int, change: Change, gains: Gains) -> ChangedHead:
     """The head, changed; `projection` has it alone."""
-    device = projection.row_norms.device
+    device = projection.device
     own_bias = None if projection.bias is None else _widened(projection.bias.float(), width)
-    rows = None if change.rows is None else Rows(*(one.to(device) for one in change.rows))
-    pair = None if change.pair is None else LoRAPair(*(one.to(device) for one in change.pair))
+    rows = None if change.rows is None else Rows(*(_moved(one, device) for one in change.rows))
+    pair = None if change.pair is None else LoRAPair(*(_moved(one, device) for one in change.pair))
     gain = None
     if change.magnitude is not None:
         assert pair is not None
-        norms = _widened(projection.row_norms, width)
-        along = _widened(projection.multiply(pair.a.to(projection.dtype)), width)
-        if rows is not None:
-            norms[rows.indices] = torch.linalg.vector_norm(rows.values, dim=1, dtype=torch.float32)
-            along[:, rows.indices] = pair.a.to(rows.values.dtype) @ rows.values.T
-        gain = _gain(change.magnitude.to(device), pair, norms, along)
+        if change.magnitude not in gains:
+            gains[change.magnitude] = _head_gain(projection, change.magnitude, pair, rows).cpu()
+        gain = _moved(gains[change.magnitude], device)
         pair = LoRAPair(pair.a, _scaled(pair.b, gain))
-    bias = _moved(change.parameters.get("bias"), device)
+    bias = _maybe(change.parameters.get("bias"), device)
     return ChangedHead(
         width=width,
         rows=None if rows is None else Rows(rows.indices, rows.values.T.contiguous()),
         row_bias=None if rows is None or own_bias is None else own_bias[rows.indices],
         gain=gain,
-        shift=_shift(own_bias, bias, change.bias, gain, device),
+        shift=_shift(own_bias, bias, _maybe(change.bias, device), gain),
         pair=None if pair is None else LoRAPair(pair.a.T.contiguous(), pair.b.T.contiguous()),
     )
+
+
+def _head_gain(
+    projection: Projection, magnitude: torch.Tensor, pair: LoRAPair, rows: Rows | None
+) -> torch.Tensor:
+    width = len(magnitude)
+    norms = _widened(projection.row_norms, width)
+    along = _widened(projection.multiply(pair.a.to(projection.dtype)), width)
+    if rows is not None:
+        norms[rows.indices] = torch.linalg.vector_norm(rows.values, dim=1, dtype=torch.float32)
+        along[:, rows.indices] = pair.a.to(rows.values.dtype) @ rows.values.T
+    return _gain(magnitude, pair, norms, along)
 
 
 class ChangedEmbedding(NamedTuple):
@@ -139,18 +174,21 @@ class ChangedEmbedding(NamedTuple):
             y.add_(self.pair.a.index_select(0, ids) @ self.pair.b)
 
 
-def change_embedding(module: nn.Embedding, change: Change) -> ChangedEmbedding:
+def change_embedding(module: nn.Embedding, change: Change, gains: Gains) -> ChangedEmbedding:
     """An embedding, changed. Its DoRA scales the columns of the table, not the rows, as PEFT's does."""
     weight = module.weight
     device = weight.device
     scale = getattr(module, "embed_scale", None)
     scale = None if scale is None else torch.as_tensor(scale).to(device, weight.dtype)
-    rows = None if change.rows is None else Rows(*(one.to(device) for one in change.rows))
+    rows = None if change.rows is None else Rows(*(_moved(one, device) for one in change.rows))
     pair = gain = None
     if change.pair is not None:
-        a, b = change.pair.a.to(device).T.contiguous(), change.pair.b.to(device).T.contiguous()
+        a, b = (_moved(one, device).T.contiguous() for one in change.pair)
         if change.magnitude is not None:
-            gain = change.magnitude.to(device) / _column_norms(weight, rows, LoRAPair(a, b))
+            if change.magnitude not in gains:
+                norms = _column_norms(weight, rows, LoRAPair(a, b)).cpu()
+                gains[change.magnitude] = change.magnitude / norms
+            gain = _moved(gains[change.magnitude], device)
             b = (b * gain).to(b.dtype)
         pair = LoRAPair(a, b if scale is None else (b * scale).to(b.dtype))
     return ChangedEmbedding(scale, rows, gain, pair)
@@ -187,8 +225,13 @@ def change_other(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> n
     return changed
 
 
-def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; from pinned memory nobody waits for it."""
+    return tensor.to(device, non_blocking=True)
+
+
+def _maybe(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else _moved(tensor, device)
 
 
 def _scale(y: torch.Tensor, gain: torch.Tensor | None, shift: torch.Tensor | None) -> None:
@@ -202,9 +245,9 @@ def _scale(y: torch.Tensor, gain: torch.Tensor | None, shift: torch.Tensor | Non
 
 def _gain(magnitude: torch.Tensor, pair: LoRAPair, norms: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
     """What DoRA multiplies each row by: float32 [out]; `along` is A times the rows, [r, out]."""
-    a, b = pair.a.to(magnitude.device).double(), pair.b.to(magnitude.device).double()
+    a, b, magnitude = (_moved(one, norms.device).double() for one in (*pair, magnitude))
     squares = norms.double().square() + 2 * (b * along.double().T).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-    return (magnitude.double() / squares.clamp_(min=0).sqrt()).float()
+    return (magnitude / squares.clamp_(min=0).sqrt()).float()
 
 
 def _scaled(b: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
@@ -216,15 +259,18 @@ def _shift(
     bias: torch.Tensor | None,
     added: torch.Tensor | None,
     gain: torch.Tensor | None,
-    device: torch.device,
 ) -> torch.Tensor | None:
     """What is added so that after `y * gain` the bias is `bias` (or the module's own) and `added`."""
-    before = 0.0 if own_bias is None else own_bias if gain is None else own_bias * gain
-    after = own_bias if bias is None else bias.float()
-    shift = torch.as_tensor(0.0 if after is None else after) - torch.as_tensor(before)
+    shift = None
+    if bias is not None or (own_bias is not None and gain is not None):
+        shift = own_bias if bias is None else bias.float()
+        assert shift is not None
+        if own_bias is not None:
+            shift = shift - (own_bias if gain is None else own_bias * gain)
     if added is not None:
-        shift = shift.to(device) + added.to(device) * (1.0 if gain is None else gain)
-    return shift if shift.ndim and bool(shift.any()) else None
+        added = added if gain is None else added * gain
+        shift = added if shift is None else shift + added
+    return shift
 
 
 def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:

@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from worker.engine.adapter import Change, LoRAPair, LoRAWeights, Target
-from worker.engine.changed_modules import (
+from worker.engine.adapters.adapter import Change, LoRAPair, LoRAWeights, Target
+from worker.engine.changes.kinds import (
     ChangedEmbedding,
     ChangedHead,
     ChangedLinear,
+    Gains,
     change_embedding,
     change_head,
     change_linear,
     change_other,
+    find_gains,
 )
 from worker.engine.lora_plan import Run, merge_runs
 from worker.engine.projections import Projection
@@ -68,6 +71,9 @@ class ModuleChanges:
             for names, projection in projections.items()
             for number, name in enumerate(names)
         }
+        self._projections = projections
+        self._gains: Gains = WeakTensorKeyDictionary()
+        """Those of adapters in memory: worked out once, however often they get a slot."""
         self._head = head
         self._num_logits = 0 if head is None else targets[head[0]].num_tokens
         self._widths: dict[int, int] = {}
@@ -87,6 +93,7 @@ class ModuleChanges:
             return weights
         width = self._num_logits if weights.vocabulary is None else weights.vocabulary.writes
         try:
+            self._find_gains(weights)
             pairs = dict(weights.pairs)
             for name, change in weights.changes.items():
                 if name in self._places:
@@ -95,11 +102,12 @@ class ModuleChanges:
                         pairs[name] = pair
                 elif self._targets[name].is_head:
                     assert self._head is not None
-                    self._heads[slot] = change_head(self._head[1], width, change)
+                    self._heads[slot] = change_head(self._head[1], width, change, self._gains)
                 elif self._targets[name].is_embedding:
                     module = self._modules[name]
                     assert isinstance(module, nn.Embedding)
-                    self._embeddings.setdefault(name, {})[slot] = change_embedding(module, change)
+                    changed_embedding = change_embedding(module, change, self._gains)
+                    self._embeddings.setdefault(name, {})[slot] = changed_embedding
                 else:
                     changed = change_other(self._modules[name], change.parameters)
                     self._others.setdefault(name, {})[slot] = changed
@@ -120,10 +128,10 @@ class ModuleChanges:
                 by_slot.pop(slot, None)
         self._install()
 
-    def width(self, slot: int | None) -> int:
-        """How many logits the tokens of a slot have; 0 for those that have as many as the base model's."""
-        width = 0 if slot is None else self._widths.get(slot, 0)
-        return width if width != self._num_logits else 0
+    def width(self, slot: int | None) -> int | None:
+        """How many logits the tokens of a slot have; None for as many as the base model's."""
+        width = None if slot is None else self._widths.get(slot)
+        return width if width != self._num_logits else None
 
     def plan(self, spans: Sequence[tuple[int | None, int, int]]) -> ChangeStep | None:
         """The step for rows of `(slot, tokens, tokens that give logits)`; None if no adapter changes any."""
@@ -136,13 +144,27 @@ class ModuleChanges:
         return ChangeStep(
             tokens=merge_runs((slot, tokens) for slot, tokens, _ in own),
             kept=[run for run in keeping if run[1] < run[2]],
-            num_extra=max(max(0, self.width(slot) - self._num_logits) for slot, *_ in own),
+            num_extra=max(
+                0, *(self._widths[slot] - self._num_logits for slot, *_ in own if slot is not None)
+            ),
         )
+
+    def _find_gains(self, weights: LoRAWeights) -> None:
+        for names, projection in self._projections.items():
+            own = [(number, name) for number, name in enumerate(names) if name in weights.changes]
+            found = {number: (weights.changes[name], weights.pairs.get(name)) for number, name in own}
+            find_gains(self._gains, projection, found)
 
     def _put_linear(self, slot: int, name: str, change: Change, pair: LoRAPair | None) -> LoRAPair | None:
         projection, number = self._places[name]
-        is_transposed = isinstance(self._modules[name], Conv1D)
-        changed, pair = change_linear(projection, number, is_transposed, change, pair)
+        changed, pair = change_linear(
+            projection,
+            number,
+            change,
+            pair,
+            is_transposed=isinstance(self._modules[name], Conv1D),
+            gain=None if change.magnitude is None else self._gains[change.magnitude],
+        )
         by_slot = self._linear.setdefault(projection, {}).setdefault(slot, [])
         by_slot.append((projection.columns[number], changed))
         return pair

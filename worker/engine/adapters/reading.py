@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from worker.engine.adapter import Change, LoRAPair, Rows
-from worker.engine.adapter_plan import Plan, Role
+from worker.engine.adapters.adapter import Change, LoRAPair, Rows
+from worker.engine.adapters.plan import Plan, Role
 from worker.engine.fingerprints import fingerprints
 from worker.errors import AdapterInvalid
 
@@ -89,10 +89,10 @@ def _read(
         bias = ready(own.by_role[Role.BIAS].float() * plan.scalings[module], torch.float32)
     magnitude = own.by_role.get(Role.MAGNITUDE)
     parameters = dict(own.parameters)
+    is_usual = not (target.is_embedding or target.is_head)
     rows = None
-    if target.is_embedding or target.is_head:
+    if not is_usual:
         weight = parameters.pop("weight", None)
-        rows = None
         if weight is not None:
             indices = _differing(weight.to(kinds.base), base_rows)
             if len(indices):
@@ -100,7 +100,6 @@ def _read(
         if module in plan.tokens:
             values = ready(own.by_role[Role.TOKENS], kinds.base)
             rows = _with_tokens(rows, torch.tensor(plan.tokens[module]), values)
-    is_usual = not (target.is_embedding or target.is_head)
     change = Change(
         parameters={name: ready(tensor, kinds.base) for name, tensor in parameters.items()},
         rows=rows,

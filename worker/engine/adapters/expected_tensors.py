@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
 
-from worker.engine.adapter import Target
-from worker.engine.adapter_plan import Plan, Role, Wanted
+from worker.engine.adapters.adapter import Target
+from worker.engine.adapters.plan import Plan, Role, Wanted
 from worker.errors import AdapterInvalid
 
 _PREFIX = "base_model.model."

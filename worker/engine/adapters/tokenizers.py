@@ -6,11 +6,11 @@ import weakref
 from collections import OrderedDict
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from worker.engine.adapter_config import CONFIG_FILE
+from worker.engine.adapters.config import CONFIG_FILE
 from worker.engine.chat_templates import ChatTemplates
-from worker.engine.tokenizer import Tokenizer
+from worker.engine.tokenizer import Tokenizer, patterns_of
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
@@ -36,7 +36,7 @@ class AdapterTokenizers:
     """
 
     def __init__(self, base: Tokenizer, *, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._base = base
+        self._chat_templates, self._patterns = base.chat_templates, base.patterns
         self._templates = ChatTemplates()
         self._kept_bytes = kept_bytes
         self._lock = threading.Lock()
@@ -54,20 +54,24 @@ class AdapterTokenizers:
         """
         with self._lock:
             is_known, kind = key in self._kinds, self._kinds.get(key)
-        if not is_known:
-            try:
-                kind = _digest(folder)
-                if kind is not None:
-                    self._of_kind(kind, folder)
-            except AdapterInvalid as exc:
-                kind = str(exc)
-            with self._lock:
-                self._kinds[key] = kind
-                if len(self._kinds) > _REMEMBERED:
-                    self._kinds.popitem(last=False)
         if isinstance(kind, str):
-            raise AdapterInvalid(f"Adapter {key.name} is invalid: {kind}", "file")
-        return None if kind is None else self._of_kind(kind, folder)
+            raise _invalid(key, kind)
+        try:
+            if not is_known:
+                kind = _digest(folder)
+            found = None if kind is None else self._of_kind(kind, folder)
+        except AdapterInvalid as exc:
+            self._remember(key, str(exc))
+            raise _invalid(key, str(exc)) from exc
+        if not is_known:
+            self._remember(key, kind)
+        return found
+
+    def _remember(self, key: AdapterKey, kind: bytes | str | None) -> None:
+        with self._lock:
+            self._kinds[key] = kind
+            if len(self._kinds) > _REMEMBERED:
+                self._kinds.popitem(last=False)
 
     def read(self, folder: Path) -> Tokenizer | None:
         """The folder's tokenizer; None if there is none.
@@ -103,24 +107,30 @@ class AdapterTokenizers:
             while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
                 self._kept.popitem(last=False)
 
+    def _check_patterns(self, loaded: PreTrainedTokenizerBase) -> None:
+        """To be called before one of them is run."""
+        foreign = sorted(patterns_of(loaded) - self._patterns)
+        if foreign:
+            reason = f"a regular expression that the base model's has not: {foreign[0][:200]}"
+            raise AdapterInvalid(f"its tokenizer has {reason}", "file")
+
     def _load(self, folder: Path) -> Tokenizer:
         try:
             loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            tokenizer = Tokenizer(loaded, "the adapter's tokenizer", self._templates)
-            foreign = sorted(tokenizer.patterns - self._base.patterns)
-        except MemoryError:
+            self._check_patterns(loaded)
+            own = None if loaded.chat_template == self._chat_templates else self._templates
+            return Tokenizer(loaded, "the adapter's tokenizer", own)
+        except (MemoryError, AdapterInvalid):
             raise
         except Exception as exc:  # an upload finds ways to make a library raise that nobody listed
             if isinstance(exc, OSError) and exc.errno is not None:  # the disk's; transformers' own have none
                 raise
             reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:500]}"
             raise AdapterInvalid(f"its tokenizer cannot be read: {reason}", "file") from exc
-        if foreign:
-            reason = f"a regular expression that the base model's has not: {foreign[0][:200]}"
-            raise AdapterInvalid(f"its tokenizer has {reason}", "file")
-        if tokenizer.chat_templates == self._base.chat_templates:
-            return Tokenizer(loaded, "the adapter's tokenizer")
-        return tokenizer
+
+
+def _invalid(key: AdapterKey, reason: str) -> AdapterInvalid:
+    return AdapterInvalid(f"Adapter {key.name} is invalid: {reason}", "file")
 
 
 def _needed(folder: Path) -> list[Path]:

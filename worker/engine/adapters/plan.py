@@ -4,7 +4,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from worker.engine.adapter import Target, Vocabulary
+from worker.engine.adapters.adapter import Target, Vocabulary
 from worker.errors import AdapterInvalid
 
 

@@ -1,0 +1,1 @@
+"""A folder with an adapter -> its checked weights and its tokenizer."""

@@ -1,0 +1,1 @@
+"""What adapters do to modules beside adding to them."""
