@@ -55,6 +55,7 @@ FLOORS = [
         "worker.app", "worker.cli", "worker.core", "worker.demo", "worker.messages", "worker.options",
         "worker.sides",
         "worker.adapters.shelf", "worker.adapters.sources",
+        "worker.workflows.model",
         "worker.local.progress", "worker.local.rows", "worker.local.run_batch",
         "worker.sender.show_progress",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",

@@ -30,11 +30,14 @@ _EXPORT_SECONDS = 1.0
 _LAST_POLL_SECONDS = 2.0
 
 
-async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
+async def run_worker(
+    settings: Settings, reread: Callable[[str], Settings], *, only_workflows: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT, or until idle for `exit_when_idle_seconds`, then drain.
 
     `reread` gives the settings anew with the text of the serving.properties that was found beside a model
-    in S3. Raises LoramillError when the worker cannot start, or broke: its leases are given back first.
+    in S3. With `only_workflows` nobody named the model itself: a single workflow answers calls that name
+    none. Raises LoramillError when the worker cannot start, or broke: its leases are given back first.
     """
     signals = _Signals()
     async with AsyncExitStack() as stack:
@@ -63,7 +66,7 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         messages = await stack.enter_async_context(open_messages(settings, clients))
         mirror = await stack.enter_async_context(open_mirror_of(settings))
         owned = await stack.enter_async_context(_owned_tasks())
-        place = Place(settings, objects, registry, exporter, owned, calls, chains)
+        place = Place(settings, objects, registry, exporter, owned, calls, chains, only_workflows)
         custom = await custom_handler(settings, objects, properties)
         if custom is None:
             side = await engine_side(place, stack, mirror)

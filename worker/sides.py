@@ -70,6 +70,8 @@ class Place(NamedTuple):
     """Tasks that must live as long as the worker."""
     calls: InferenceApi
     chains: WorkflowsApi
+    only_workflows: bool
+    """Whether nobody named the model itself."""
 
 
 async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None) -> Side:
@@ -95,6 +97,8 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
     )
     registered = await _registered(settings, bridge, place.owned)
     place.chains.workflows = workflows = await _workflows(settings, registered, objects)
+    if place.only_workflows and len(workflows.of_settings) == 1:
+        (place.calls.plain,) = workflows.of_settings
     place.calls.is_workflow = workflows.knows
     adapters = AdapterDirectory(
         settings.adapters_path if settings.lora_enabled else None,
@@ -234,7 +238,7 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
     await workflows.start()
     for url in settings.workflows:
         try:
-            await workflows.replace(await fetch_workflow(url, store))
+            await workflows.serve(await fetch_workflow(url, store))
         except LoramillError as error:
             raise LoramillError(f"workflows: {url}: {error}") from error
     return workflows

@@ -214,11 +214,11 @@ def test_what_cannot_be_served_any_more_is_told_to_whoever_calls_it(play, tmp_pa
 def test_replacing_changes_what_differs_and_nothing_else(play):
     async def scenario(place):
         first = workflow(a=place.scene.source("a"))
-        await place.workflows.replace(first)
+        await place.workflows.serve(first)
         loaded = len(place.scene.loader.loading)
-        await place.workflows.replace(first)
+        await place.workflows.serve(first)
         assert len(place.scene.loader.loading) == loaded
-        await place.workflows.replace(workflow(b=place.scene.source("b", fill=2)))
+        await place.workflows.serve(workflow(b=place.scene.source("b", fill=2)))
         assert await place.scene.names() == ["w.b"]
 
     play(scenario)
@@ -295,7 +295,7 @@ def test_what_failed_at_a_restart_can_be_deleted_or_replaced(play, tmp_path):
         assert moved.workflows.knows("w")
         await moved.workflows.delete("w")
         assert await moved.scene.names() == ["v.a"]
-        await moved.workflows.replace(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))
+        await moved.workflows.serve(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))
         assert (moved.workflows.names, moved.workflows.failed) == (["v"], {})
 
     play(scenario)

@@ -41,6 +41,8 @@ class Call(NamedTuple):
     """What the rows are put through, where the model was called by a workflow's name."""
     shape: str | None = None
     """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
+    is_plain: bool = False
+    """Whether no model was named: then a body may name one."""
 
 
 class CallLimits(NamedTuple):
@@ -101,8 +103,8 @@ class Generation:
                 workflow=call.workflow,
             )
         workflow, model = call.workflow, body.get("model")
-        if workflow is None and isinstance(model, str) and self._is_workflow(model):
-            workflow = model
+        if isinstance(model, str) and (workflow is None or call.is_plain):
+            workflow = model if self._is_workflow(model) else None
         row = read_openai_call(
             body, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow
         )

@@ -56,6 +56,8 @@ class InferenceApi:
         """What answers; set once the model is loaded."""
         self.handler: HandlerApi | None = None
         """What answers in its place, where there is one."""
+        self.plain: str | None = None
+        """The workflow that is meant where a call names no model; None is the model itself."""
         self.is_workflow: Callable[[str], bool] = lambda _: False
         """Whether a name that is no model's is one of a workflow of the worker's model."""
         self.adapters: Callable[[], Awaitable[list[str]]] = _none
@@ -125,12 +127,13 @@ class InferenceApi:
         parameters.end()
         content_type = _content_type(request)
         generation = expect_ready(self._not_ready(), self.generation)
-        workflow = None if name in {None, self._model} else name
+        is_plain = name is None
+        workflow = self.plain if name is None else None if name == self._model else name
         if workflow is not None and not self.is_workflow(workflow):
-            raise Refused(404, f"The model {name} was not found")
+            raise Refused(404, f"The model {workflow} was not found")
         with self._at_work():
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape)
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape, is_plain)
             return await while_there(request, generation.answer(call))
 
     async def _handled(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from worker.adapters.places import path_of_url
 from worker.adapters.registrations import replace_file
 from worker.adapters.registry import AdapterRegistry
 from worker.errors import (
@@ -51,13 +52,15 @@ class Workflows:
         `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart.
         """
         self._adapters = adapters
-        self._urls = {_canonical(url) for url in urls}
+        self._urls = {canonical(url) for url in urls}
         self._reserved = frozenset(reserved)
         self._folder = folder
         self._workflows: dict[str, Workflow] = {}
         self._failed: dict[str, _Failed] = {}
         """Those that were there before and cannot be served now."""
         self._changing = asyncio.Lock()
+        self.of_settings = set[str]()
+        """Names of those that the settings ask for."""
 
     def find(self, name: str) -> Workflow:
         """Raises ModelNotFound, with the reason for one that cannot be served."""
@@ -120,8 +123,9 @@ class Workflows:
                 raise StorageFull(f"The workflow {workflow.name} cannot be kept: {error}") from error
             self._take(workflow)
 
-    async def replace(self, workflow: Workflow) -> None:
-        """As `register`, but a workflow that has the name goes first, unless it is the same."""
+    async def serve(self, workflow: Workflow) -> None:
+        """As `register`, for one of the settings: another that has the name goes first."""
+        self.of_settings.add(workflow.name)
         if self._workflows.get(workflow.name) == workflow:
             return
         if workflow.name in self._workflows:
@@ -193,7 +197,7 @@ class Workflows:
             if source.version
         }
         for key, source in workflow.models.items():
-            if _canonical(source.url) not in self._urls:
+            if canonical(source.url) not in self._urls:
                 served = " or ".join(sorted(self._urls))
                 raise InvalidWorkflow(
                     f"models.{key}.url is {source.url!r}; this worker serves {served} and no other model"
@@ -220,12 +224,16 @@ class Workflows:
                 )
 
 
-def _canonical(url: str) -> str:
-    """One spelling for each place: S3 prefixes and folders with and without a slash at the end."""
+def canonical(url: str) -> str:
+    """One spelling for each place: S3 prefixes and folders with and without a slash at the end.
+
+    Raises InvalidRegistration for a file:// URL that is none.
+    """
     if url.startswith("s3://"):
         return url.rstrip("/")
-    folder = Path(url.removeprefix("file://")).expanduser()
-    return str(folder.resolve()) if folder.exists() else url.rstrip("/")
+    path = path_of_url(url, "url")
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.exists() else path.rstrip("/")
 
 
 def _read_all(folder: Path | None) -> list[tuple[Path, Workflow | None]]:
