@@ -224,6 +224,29 @@ def test_replacing_changes_what_differs_and_nothing_else(play):
     play(scenario)
 
 
+def test_options_say_whether_an_adapter_is_loaded_and_stays(play):
+    async def scenario(place):
+        options = {"a": {"pin": True}, "b": {"preload": "false", "other": 1}}
+        said = {
+            "name": "w",
+            "models": {"m": MODEL},
+            "configs": {
+                "adapters": {
+                    key: {"model": "m", "src": place.scene.source(key, fill=len(one)), "options": one}
+                    for key, one in options.items()
+                }
+            },
+            "workflow": {"out": ["adapter", "a", ["adapter", "b", "in"]]},
+        }
+        await place.workflows.register(read_workflow(json.dumps(said).encode()))
+        loaded, kept = place.scene.loader.memory, place.scene.loader.pinned
+        assert [one.name for one in loaded] == [one.name for one in kept] == ["w.a"]
+        told = await place.scene.registry.describe("w.b")
+        assert (told.preload, told.pin, told.options) == (False, False, {"other": "1"})
+
+    play(scenario)
+
+
 def test_without_lora_a_workflow_of_the_model_alone_is_served(play):
     async def scenario(place):
         await place.workflows.register(workflow("plain"))

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -177,13 +177,16 @@ class Workflows:
                 name = workflow.adapter_name(key)
                 if owned and await self._adapters.source_of(name) == source.src:
                     continue
+                said: dict[str, Any] = msgspec.structs.asdict(source)
+                src = said.pop("src")
+                del said["model"]
                 try:
-                    await self._adapters.register(name, source.src, options=source.options)
+                    await self._adapters.register(name, src, **said)
                     fresh.append(name)
                 except AdapterTaken:
                     if not owned:
                         raise
-                    await self._adapters.update(name, src=source.src, options=source.options)
+                    await self._adapters.update(name, src=src, **said)
         except BaseException:
             await asyncio.shield(self._forget(fresh))
             raise
