@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from worker.delivery.intake import Intake
 from worker.http.adapters_api import AdaptersApi
 from worker.http.inference_api import HttpLimits, InferenceApi
+from worker.http.models_api import ModelsApi, Served
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
 from worker.messages import open_messages
@@ -61,12 +62,16 @@ async def run_worker(
         limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
         calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
         chains = WorkflowsApi(partial(fetch_workflow, store=objects), not_ready)
-        apis = Apis(adapters=api, calls=calls, workflows=chains, metrics=metrics)
+        served = Served(
+            settings.model_name, str(settings.model), settings.max_num_seqs, settings.http_max_calls
+        )
+        models = ModelsApi(served, not_ready, lambda: calls.num_calls)
+        apis = Apis(adapters=api, calls=calls, workflows=chains, models=models, metrics=metrics)
         await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
         messages = await stack.enter_async_context(open_messages(settings, clients))
         mirror = await stack.enter_async_context(open_mirror_of(settings))
         owned = await stack.enter_async_context(_owned_tasks())
-        place = Place(settings, objects, registry, exporter, owned, calls, chains, only_workflows)
+        place = Place(settings, objects, registry, exporter, owned, calls, chains, models, only_workflows)
         custom = await custom_handler(settings, objects, properties)
         if custom is None:
             side = await engine_side(place, stack, mirror)

@@ -36,6 +36,7 @@ from worker.http.adapters_api import Registry
 from worker.http.generation import CallLimits, Generation
 from worker.http.handler_api import HandlerApi
 from worker.http.inference_api import InferenceApi
+from worker.http.models_api import ModelsApi
 from worker.http.workflows_api import WorkflowsApi
 from worker.model_source import fetch_model_folder, fetch_weights, local_properties
 from worker.settings import Settings
@@ -70,6 +71,7 @@ class Place(NamedTuple):
     """Tasks that must live as long as the worker."""
     calls: InferenceApi
     chains: WorkflowsApi
+    models: ModelsApi
     only_workflows: bool
     """Whether nobody named the model itself."""
 
@@ -99,7 +101,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
     place.chains.workflows = workflows = await _workflows(settings, registered, objects)
     if place.only_workflows and len(workflows.of_settings) == 1:
         (place.calls.plain,) = workflows.of_settings
-    place.calls.is_workflow = workflows.knows
+    place.calls.workflows = place.models.workflows = workflows
     adapters = AdapterDirectory(
         settings.adapters_path if settings.lora_enabled else None,
         settings.adapter_wait_seconds,

@@ -255,7 +255,7 @@ def _adapter(workflow: str, key: str, said: object, models: Mapping[str, ModelSo
         raise InvalidWorkflow(f"{where}.model is {show(model)}; it must be one of {', '.join(models)}")
     if not isinstance(src, str) or not src:
         raise InvalidWorkflow(f"{where}.src is {show(src)}; it must be a folder or s3://bucket/prefix/")
-    if not isinstance(options, dict) or any(isinstance(one, list | dict) for one in options.values()):
+    if not isinstance(options, dict) or any(isinstance(one, list | dict | None) for one in options.values()):
         raise InvalidWorkflow(f"{where}.options is {show(options)}; it must be an object of texts")
     texts = {name: one if isinstance(one, str) else json.dumps(one) for name, one in options.items()}
     flags = {}
