@@ -23,6 +23,7 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -46,6 +47,7 @@ __all__ = [
     "MirrorPaths",
     "MirrorState",
     "check_folder",
+    "content_version",
     "hold",
     "is_adapter_name",
     "is_version",
@@ -93,9 +95,14 @@ def scan(adapters_dir: Path) -> list[AdapterFolder]:
 
 
 def _content_version(path: Path) -> str:
+    return content_version(path, carried_files(path))
+
+
+def content_version(path: Path, files: Mapping[str, os.stat_result]) -> str:
+    """The version of these files of a plain folder, which are sorted. Blocking. Raises OSError."""
     lines = [
         [name, _file_digest(path / name, status.st_size, status.st_mtime_ns, status.st_ino)]
-        for name, status in carried_files(path).items()
+        for name, status in files.items()
     ]
     return hashlib.sha256(msgspec.json.encode(lines)).hexdigest()
 

@@ -195,6 +195,7 @@ def _convert(info: SettingInfo, raw: object) -> object:
 
 
 def _parse(info: SettingInfo, text: str) -> object:
+    text = info.aliases.get(text.lower(), text)
     lowered = text.lower()
     if info.kind is bool and lowered in _BOOLEANS:
         return _BOOLEANS[lowered]
@@ -202,8 +203,8 @@ def _parse(info: SettingInfo, text: str) -> object:
         return int(text)
     if info.kind is float and _is_number(text):
         return float(text)
-    if info.kind is Literal and info.aliases.get(lowered, lowered) in info.allowed:
-        return info.aliases.get(lowered, lowered)
+    if info.kind is Literal and lowered in info.allowed:
+        return lowered
     if info.kind is Path:
         return _expand(text)
     if info.kind is str:
@@ -253,7 +254,7 @@ def _info(field: msgspec.structs.FieldInfo) -> SettingInfo:
         env=PREFIX + field.name.upper(),
         flag=extra.get("flag", "--" + field.name.replace("_", "-")),
         kind=kind,
-        type=_in_words(kind, allowed),
+        type=_in_words(kind, allowed, extra.get("aliases", {})),
         default=field.default,
         help=meta.description or "",
         allowed=allowed,
@@ -265,17 +266,20 @@ def _info(field: msgspec.structs.FieldInfo) -> SettingInfo:
     )
 
 
-def _in_words(kind: Any, allowed: tuple[str, ...]) -> str:
+def _in_words(kind: Any, allowed: tuple[str, ...], aliases: Mapping[str, str]) -> str:
     if kind is Literal:
         return f"one of {', '.join(allowed)}"
-    return {
-        bool: "true or false (1, 0, yes, no)",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        Path: "a path",
-        tuple: "a comma-separated list",
-    }[kind]
+    return " or ".join([_WORDS[kind], *aliases])
+
+
+_WORDS = {
+    bool: "true or false (1, 0, yes, no)",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    tuple: "a comma-separated list",
+}
 
 
 def _limits(meta: Meta) -> str:

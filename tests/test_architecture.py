@@ -21,7 +21,8 @@ PACKAGES = ("worker", "adapters_sync")
 
 FLOORS = [
     {
-        "worker.errors", "worker.jobs", "worker.settings", "worker.wire",
+        "worker.child", "worker.djl_options", "worker.errors", "worker.jobs", "worker.settings",
+        "worker.wire",
         "worker.adapters.places", "worker.adapters.registrations",
         "worker.workflows.definition",
         "adapters_sync.base_model", "adapters_sync.errors", "adapters_sync.events", "adapters_sync.folder",

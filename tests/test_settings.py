@@ -11,8 +11,9 @@ from msgspec import Meta
 
 from adapters_sync import errors as sync_errors
 from adapters_sync.settings import Said, SyncSettings, describe, gather, known_names, read
+from worker.djl_options import AS_IT_IS, IGNORED_KEYS
 from worker.errors import SettingsError
-from worker.settings import IGNORED_KEYS, KNOWN_NAMES, Settings, notes, read_settings
+from worker.settings import KNOWN_NAMES, Settings, notes, read_settings
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -258,13 +259,91 @@ def test_keys_that_size_djls_workers_are_noted_and_not_swallowed():
     ("name", "value"),
     [
         ("tensor_parallel_degree", "65"),
-        ("tensor_parallel_degree", "max"),
+        ("tensor_parallel_degree", "most"),
         ("long_lora_scaling_factors", "0.5"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(name, value):
     (mistake,) = mistakes(properties=f"option.{name}={value}")
     assert mistake.startswith(f"{name}: '{value}'")
+
+
+GUIDES = """
+engine=Python
+option.rolling_batch=vllm
+option.async_mode=true
+option.tensor_parallel_degree=max
+option.max_rolling_batch_size=32
+option.max_rolling_batch_prefill_tokens=4096
+option.task=text-generation
+option.adapters=adapters
+option.enable_lora=true
+option.output_formatter=json
+log_request_metric=true
+"""
+
+
+def test_what_djls_guides_recommend_starts_a_worker_and_is_told_of():
+    settings = read_settings(environ={"OPTION_MPI_MODE": "true"}, properties=GUIDES)
+    assert (settings.tensor_parallel_degree, settings.max_num_batched_tokens) == (0, 4096)
+    told = "\n".join(notes(settings, GUIDES, {"OPTION_MPI_MODE": "true"}))
+    for name in ("rolling_batch", "async_mode", "task", "adapters", "output_formatter", "mpi_mode"):
+        assert f"option {name} chooses among DJL Serving's ways and changes nothing here" in told
+    assert "log_request_metric in serving.properties" in told
+    assert "max_rolling" not in told
+
+
+@pytest.mark.parametrize("name", sorted(AS_IT_IS))
+def test_other_values_of_those_options_are_refused(name):
+    (mistake,) = mistakes(properties=f"option.{name}=Something")
+    assert mistake.startswith(f"option.{name}: 'Something' is not what is done here; it must be ")
+    (mistake,) = mistakes(environ={f"OPTION_{name.upper()}": "Something"})
+    assert mistake.startswith(f"OPTION_{name.upper()}: 'Something'")
+    for value in AS_IT_IS[name]:
+        assert read_settings(environ={}, properties=f"option.{name}={value.upper()}") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("gpu_memory_utilization", "LORAMILL_MEMORY_SHARE"),
+        ("max_num_seqs", "LORAMILL_MAX_NUM_SEQS"),
+        ("revision", "LORAMILL_MODEL, as a folder"),
+    ],
+)
+def test_options_that_have_another_place_here_are_told_it(option, instead):
+    for said in ({"properties": f"option.{option}=1"}, {"environ": {f"OPTION_{option.upper()}": "1"}}):
+        (mistake,) = mistakes(**said)
+        assert f"what there is instead is {instead}" in mistake
+
+
+def test_the_variables_of_djls_starting_guide():
+    environ = {"HF_MODEL_ID": "s3://bucket/llama/", "TENSOR_PARALLEL_DEGREE": "max"}
+    settings = read_settings(environ={**environ, "HF_MODEL_TRUST_REMOTE_CODE": "True"})
+    assert (settings.model, settings.tensor_parallel_degree) == ("s3://bucket/llama/", 0)
+    assert settings.trust_remote_code
+    over = {**environ, "OPTION_TENSOR_PARALLEL_DEGREE": "2", "LORAMILL_MODEL_ID": "there"}
+    settings = read_settings(environ=over)
+    assert (settings.model_id, settings.tensor_parallel_degree) == ("there", 2)
+    (mistake,) = mistakes(environ={"TENSOR_PARALLEL_DEGREE": "-1"})
+    assert mistake.startswith("tensor_parallel_degree: '-1' (from TENSOR_PARALLEL_DEGREE)")
+
+
+def test_adapters_in_s3_that_nobody_here_mirrors_are_told_of():
+    settings = read_settings(environ={"LORAMILL_MODEL": "s3://bucket/llama/"})
+    (told,) = notes(settings)
+    assert "does not mirror s3://bucket/llama/adapters/" in told
+    assert "loramill sync" in told
+    assert notes(msgspec.structs.replace(settings, sync=True)) == []
+    assert notes(msgspec.structs.replace(settings, enable_lora=False)) == []
+
+
+def test_the_model_may_have_a_name_of_its_own():
+    assert read_settings(environ={"LORAMILL_MODEL": "s3://bucket/llama/"}).model_name == "llama"
+    environ = {"LORAMILL_MODEL": "s3://bucket/llama/", "LORAMILL_SERVED_MODEL_NAME": "test"}
+    assert read_settings(environ=environ).model_name == "test"
+    (mistake,) = mistakes(environ={"LORAMILL_SERVED_MODEL_NAME": "a/b"})
+    assert "1 to 128 letters, digits" in mistake
 
 
 def test_neutral_values_of_what_this_version_does_not_do_are_accepted():

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +18,7 @@ from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
 from worker.messages import open_messages
 from worker.metrics import Metrics
-from worker.model_source import remote_properties
+from worker.model_source import local_properties, remote_properties
 from worker.settings import Settings, notes
 from worker.sides import Place, custom_handler, engine_side, handler_side, open_mirror_of
 from worker.stats import Exporter
@@ -45,9 +46,11 @@ async def run_worker(
         clients = await stack.enter_async_context(_clients(settings))
         objects = S3Store(clients)
         properties = await remote_properties(settings, objects)
-        if properties is not None:
+        if properties is None:
+            properties = await asyncio.to_thread(local_properties, settings)
+        else:
             settings = reread(properties)
-        _tell(notes(settings, properties))
+        _tell(notes(settings, properties, os.environ))
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         exporter = Exporter(metrics, settings.metrics_adapters)

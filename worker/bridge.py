@@ -17,7 +17,7 @@ from worker.engine.adapter_loader import weights_bytes
 from worker.engine.engine import Engine, StepStats
 from worker.engine.lora_store import LoRAStore
 from worker.errors import AdapterStoreFull, EngineFailed, LoramillError, OutOfMemory, RowFailed
-from worker.jobs import AdapterKey, Completion, InferenceRequest
+from worker.jobs import AdapterKey, Completion, Delta, InferenceRequest, OnDelta
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,18 @@ class AdapterDetails(NamedTuple):
 class _Flight:
     """A request inside the engine, and who waits for it; who hears of no completion has to begin anew."""
 
-    __slots__ = ("future", "request", "times")
+    __slots__ = ("future", "on_delta", "request", "times")
 
     def __init__(
-        self, request: InferenceRequest, future: asyncio.Future[Completion | None], times: int = 0
+        self,
+        request: InferenceRequest,
+        future: asyncio.Future[Completion | None],
+        on_delta: OnDelta,
+        times: int = 0,
     ) -> None:
         self.request = request
         self.future = future
+        self.on_delta = on_delta
         self.times = times
         """It has begun anew."""
 
@@ -112,14 +117,22 @@ class Bridge:
         assert self._over is not None
         await asyncio.shield(self._over)
 
-    async def submit(self, request: InferenceRequest, adapter: AdapterFolder | None = None) -> Completion:
+    async def submit(
+        self,
+        request: InferenceRequest,
+        adapter: AdapterFolder | None = None,
+        on_delta: OnDelta = lambda _: None,
+    ) -> Completion:
         """Run one request and wait for its end. Cancelling the caller drops the request.
 
+        `on_delta` is called for every token but the last of one that `streams`, which must be interactive:
+        rows of the queue may begin anew.
         Raises RowError when the request or its adapter is refused, EngineFailed when the engine is gone.
         """
+        assert request.interactive or not request.streams
         self._engine.check(request)
         if adapter is None:
-            completion = await self._fly(request)
+            completion = await self._fly(request, on_delta)
             assert completion is not None
             return completion
         key, interactive = AdapterKey(adapter.name, adapter.version), request.interactive
@@ -128,7 +141,7 @@ class Bridge:
             await self._room.reserve(key, expected_bytes, interactive=interactive)
             # From here on the release must happen once, and not before the engine let go of the weights.
             await self._load(key, adapter, interactive=interactive)
-            completion = await self._fly(request, times)
+            completion = await self._fly(request, on_delta, times)
             if completion is not None:
                 return completion
         raise AssertionError("nobody is displaced for ever")
@@ -204,14 +217,14 @@ class Bridge:
                 raise OutOfMemory(f"Adapter {adapter.name} finds no memory: {exc}") from exc
             raise
 
-    async def _fly(self, request: InferenceRequest, times: int = 0) -> Completion | None:
+    async def _fly(self, request: InferenceRequest, on_delta: OnDelta, times: int = 0) -> Completion | None:
         """What comes of a request; None if it had to make room."""
         assert self._over is not None
         if self._over.done():
             self._let_go(request)
             raise EngineFailed("the engine has stopped")
         future: asyncio.Future[Completion | None] = self._loop.create_future()
-        flight = self._flights[request.id] = _Flight(request, future, times)
+        flight = self._flights[request.id] = _Flight(request, future, on_delta, times)
         self._inbox.put(request)
         self._room.ask_for_room()  # it could not be displaced while it was loaded
         try:
@@ -251,7 +264,7 @@ class Bridge:
         try:
             while self._take_in():
                 completions, stats = self._engine.step()
-                self._tell(self._settle_step, completions, stats)
+                self._tell(self._settle_step, self._engine.take_deltas(), completions, stats)
         except Exception as exc:  # the top of the thread: whatever it is, the loop is told
             logger.exception("the engine failed")
             failure = exc if isinstance(exc, EngineFailed) else EngineFailed(f"the engine failed: {exc!r}")
@@ -289,7 +302,11 @@ class Bridge:
 
     # The event loop, told by the engine's thread.
 
-    def _settle_step(self, completions: list[Completion], stats: StepStats) -> None:
+    def _settle_step(self, deltas: list[Delta], completions: list[Completion], stats: StepStats) -> None:
+        for delta in deltas:
+            flight = self._flights.get(delta.request_id)
+            if flight is not None and not flight.future.done():
+                flight.on_delta(delta)
         for completion in completions:
             self._settle(completion.request_id, completion)
         self._on_step(stats)

@@ -11,7 +11,7 @@ from worker.delivery.flow import FlowControl
 from worker.engine.adapter import Target
 from worker.engine.adapter_loader import AdapterLoader
 from worker.engine.adapter_tokenizers import AdapterTokenizers
-from worker.engine.base_model import BaseModel, load_base_model, resolve_device
+from worker.engine.base_model import BaseModel, degree_of, load_base_model, resolve_device
 from worker.engine.engine import Engine
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.limits import EngineLimits
@@ -47,8 +47,11 @@ def build_core(settings: Settings, weights: str) -> Core:
     """Load the base model from folder (or hub id) `weights` and put an engine on it. Blocking; minutes."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     device = resolve_device(settings.device)
-    build = _build_alone if settings.tensor_parallel_degree == 1 else _build_with_others
-    base, runner = build(settings, weights, device)
+    degree = degree_of(settings.tensor_parallel_degree, device)
+    if degree == 1:
+        base, runner = _build_alone(settings, weights, device)
+    else:
+        base, runner = _build_with_others(settings, weights, device, degree)
     tokenizers = AdapterTokenizers(base.tokenizer)
     store = LoRAStore(
         AdapterLoader(
@@ -122,7 +125,7 @@ def _build_alone(settings: Settings, weights: str, device: torch.device) -> tupl
 
 
 def _build_with_others(
-    settings: Settings, weights: str, device: torch.device
+    settings: Settings, weights: str, device: torch.device, degree: int
 ) -> tuple[BaseModel, ModelRunner]:
     """On several devices, each of which has a process."""
     from worker.engine.parallel.orders import Setup  # noqa: PLC0415 (few need torch.distributed)
@@ -131,7 +134,7 @@ def _build_with_others(
     assert LoRAMode(settings.lora_mode) is LoRAMode.UNMERGED, "settings are checked"
     setup = Setup(
         weights=weights,
-        degree=settings.tensor_parallel_degree,
+        degree=degree,
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,

@@ -55,7 +55,7 @@ async def examine(settings: Settings) -> Findings:
             *([_events(clients, url)] if (url := settings.adapters_events_queue_url) else []),
             *([_weights(store, settings.weights)] if settings.weights else []),
             _folders(settings),
-            *([_sharing(settings)] if settings.tensor_parallel_degree > 1 else []),
+            *([_sharing(settings)] if settings.tensor_parallel_degree != 1 else []),
         ]
         return [finding for found in await asyncio.gather(*looks) for finding in found]
 
@@ -212,11 +212,13 @@ async def _folders(settings: Settings) -> Findings:
 
 async def _sharing(settings: Settings) -> Findings:
     """Whether the devices are there, and the model can be divided, as far as its files are here."""
-    what, degree = f"tensor parallelism of {settings.tensor_parallel_degree}", settings.tensor_parallel_degree
+    what = f"tensor parallelism of {settings.tensor_parallel_degree or 'all GPUs'}"
 
     def look_at() -> Findings:
-        from worker.engine.parallel.build import check_sharing  # noqa: PLC0415 (torch)
+        from worker.engine.base_model import degree_of, resolve_device  # noqa: PLC0415 (torch)
+        from worker.engine.parallel.build import check_sharing  # noqa: PLC0415
 
+        degree = degree_of(settings.tensor_parallel_degree, resolve_device(settings.device))
         weights = settings.weights
         local = weights if weights and Path(weights).is_dir() else None
         check_sharing(settings.device, degree, local, trust_remote_code=settings.trust_remote_code)

@@ -4,7 +4,7 @@ All are frozen. Times are seconds since the Unix epoch unless a name says otherw
 """
 
 import enum
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -231,6 +231,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     n - 1 - i tokens. Then `max_new_tokens` is 0, and `prompt` has as many tokens or more."""
     interactive: bool = False
     """Whether somebody waits for it: it goes before rows of the queue."""
+    streams: bool = False
+    """Whether every token is told of as soon as it is there."""
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -267,6 +269,21 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     score: Score | None = None
     """Of the request's `targets`; None if it had none, or failed."""
     failure: Failure | None = None
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """A token that a request which `streams` has generated; the last one comes with the completion."""
+
+    request_id: str
+    token: int
+    log_prob: float | None
+    """As in Completion."""
+    text: str
+    """What is certain of the text now and was not before: the texts of all deltas are how it begins."""
+
+
+OnDelta = Callable[[Delta], None]
+"""Who is told of them, on the event loop."""
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True):

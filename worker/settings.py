@@ -1,10 +1,8 @@
 """The worker's settings: LORAMILL_* and flags, and the `option.*` family that DJL Serving's users know.
 
 Options come from `serving.properties` in the model's folder and from `OPTION_<NAME>`; the file wins over
-OPTION_*, and a flag or a LORAMILL_* variable wins over both. Of the other keys of serving.properties, those
-in IGNORED_KEYS, with or without DJL's device prefix (`gpu.maxWorkers`), are accepted and reported by
-`notes`, because they size DJL's own worker pool; any other key is a mistake. Options that ask for what this
-version does not do are refused, never swallowed.
+OPTION_*, and a flag or a LORAMILL_* variable wins over both: see `worker.djl_options`. Options that ask for
+what this version does not do are refused, never swallowed.
 """
 
 import hashlib
@@ -12,9 +10,9 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
-import javaproperties
 from msgspec import Meta
 
 from adapters_sync import settings as reader
@@ -26,27 +24,15 @@ from adapters_sync.settings import (
     S3_PREFIX,
     S3_PREFIX_EXPECTED,
     Reading,
-    Said,
     SyncSettings,
     describe,
-    nearest,
 )
+from worker.djl_options import AS_IT_IS, BATCH_KEYS, DjlOptions, ignored_keys, refuse_other_calls
 from worker.errors import SettingsError
 
-IGNORED_KEYS = frozenset({
-    "batchSize", "batch_size", "engine", "job_queue_size", "load_on_devices", "maxBatchDelay", "maxIdleTime",
-    "maxWorkers", "max_batch_delay", "max_idle_time", "max_workers", "minWorkers", "min_workers",
-    "response_timeout", "retry_threshold",
-})  # fmt: skip
-
 _FACTOR = r"(1000(\.0*)?|[1-9][0-9]{0,2}(\.[0-9]*)?)"
-FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
-_BATCH_KEYS = frozenset({"batch_size", "batchSize"})
-"""What DJL calls the setting of a custom handler's batches; without one, of those above."""
+_FACTORS = rf"^(\(\s*{_FACTOR}(\s*,\s*{_FACTOR})*\s*,?\s*\)|{_FACTOR}(\s*,\s*{_FACTOR})*)\Z"
 _BUILT_IN = re.compile(r"djl_python(\.\w+)*")
-_WHOLE_CALLS_ONLY = {"rolling_batch": ("disable",), "mpi_mode": ("false", "0", "no")}
-"""Options that ask for another way of calling handlers, and the values that do not."""
-
 _S3 = {"expected": S3_PREFIX_EXPECTED}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -93,7 +79,12 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
             extra={"option": "max_rolling_batch_size"},
         ),
     ] = 16
-    max_num_batched_tokens: Annotated[int, Meta(description="Most tokens in one step.", ge=1)] = 2048
+    max_num_batched_tokens: Annotated[
+        int,
+        Meta(
+            description="Most tokens in one step.", ge=1, extra={"option": "max_rolling_batch_prefill_tokens"}
+        ),
+    ] = 2048
     max_model_len: Annotated[
         int | None,
         Meta(
@@ -225,6 +216,15 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         ),
     ] = None
 
+    served_model_name: Annotated[
+        str | None,
+        Meta(
+            description="What calls and the adapter management API know the model by. Default: the last part "
+            "of MODEL.",
+            pattern=r"^[A-Za-z0-9][\w.-]{0,127}\Z",
+            extra={"expected": "1 to 128 letters, digits, dots, dashes and underscores"},
+        ),
+    ] = None
     http_max_calls: Annotated[
         int, Meta(description="Calls that may be at work at once; others are refused with 503.", ge=1)
     ] = 64
@@ -316,10 +316,14 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         int,
         Meta(
             description="Devices that share the model, each with a process: GPUs from the first on, or parts "
-            "of the CPU.",
-            ge=1,
+            "of the CPU. max is all the GPUs that there are.",
+            ge=0,
             le=64,
-            extra={"option": "tensor_parallel_degree"},
+            extra={
+                "option": "tensor_parallel_degree",
+                "aliases": {"max": "0"},
+                "expected": "from 1 to 64, or max",
+            },
         ),
     ] = 1
 
@@ -399,7 +403,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         Meta(
             description="Factors of linear rope scaling that adapters may ask for, each row its own: "
             "`3.0,4.0` or `(3.0, 4.0)`. MAX_MODEL_LEN goes up with the largest.",
-            pattern=FACTORS,
+            pattern=_FACTORS,
             extra={
                 "option": "long_lora_scaling_factors",
                 "expected": "numbers from 1 to 1000 with commas between them, in parentheses or not",
@@ -446,7 +450,9 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """The last part of MODEL, by which the HTTP side knows the model."""
+        """What the HTTP side knows the model by."""
+        if self.served_model_name is not None:
+            return self.served_model_name
         path = self.model_dir.absolute().as_posix() if self.model_dir is not None else self.model or ""
         return path.rstrip("/").rpartition("/")[2]
 
@@ -472,6 +478,11 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         """The custom handler that was named; None when none was, or DJL Serving's own."""
         built_in = self.entry_point is None or _BUILT_IN.fullmatch(self.entry_point)
         return None if built_in else self.entry_point
+
+    @property
+    def may_have_handler(self) -> bool:
+        """Whether a handler of the model's answers, if there is one."""
+        return self.custom_code and (self.entry_point is None or self.own_entry_point is not None)
 
     @property
     def cpu_loras(self) -> int:
@@ -505,9 +516,7 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
 KNOWN_NAMES = reader.known_names(Settings)
 """Every LORAMILL_ variable of the program, to pass as `known` where only SyncSettings is read."""
 
-_OPTIONS = {info.option: info.name for info in describe(Settings) if info.option is not None}
-_SPELLINGS = {option.lower(): option for option in _OPTIONS}
-"""What is meant by the part of OPTION_<NAME> that follows, in lower case."""
+_DJL = DjlOptions(describe(Settings))
 
 
 def read_settings(
@@ -527,25 +536,20 @@ def read_settings(
     `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
     """
-    mistakes: list[str] = []
-    strangers: list[str] = []
-    options = {
-        **_from_environment(environ, strangers),
-        **_from_properties(properties, mistakes, strangers),
-    }
-    reading = reader.gather(Settings, environ=environ, flags=flags, options=options, known=known)
+    found = _DJL.read(environ, properties)
+    reading = reader.gather(Settings, environ=environ, flags=flags, options=found.options, known=known)
     if reading.values["model"] is None:
         reading.values["model"] = reading.values["model_id"]
     settings = Settings(**reading.values)
     said = {name for name in together if getattr(settings, name) not in {None, ()}} | reading.refused
     missing = () if any(getattr(settings, name) for name in either) else either[:1]
     needed = [*missing, *required, *(() if said.isdisjoint(together) else together)]
-    mistakes += settings.require(*(name for name in needed if name not in reading.refused))
+    mistakes = found.mistakes + settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
-    if settings.custom_code:
-        mistakes += _refuse_other_calls(handler_options(environ, properties))
+    if settings.may_have_handler:
+        mistakes += refuse_other_calls(handler_options(environ, properties))
     else:
-        mistakes += strangers
+        mistakes += found.strangers
     if mistakes:
         raise SettingsError(mistakes)
     return settings
@@ -553,84 +557,36 @@ def read_settings(
 
 def handler_options(environ: Mapping[str, str], properties: str | None = None) -> dict[str, str]:
     """Every option that was given, known or not, by its name: what a custom handler is told at first."""
-    said = {
-        _SPELLINGS.get(name.lower(), name.lower()): value
-        for variable, value in sorted(environ.items())
-        if variable.isupper() and (name := variable.removeprefix("OPTION_")) != variable
-    }
-    for key, value in _parse(properties, []).items():
-        if key.startswith("option."):
-            said[key.removeprefix("option.")] = value
-    return {name: value.strip() for name, value in said.items() if value.strip()}
+    return _DJL.said(environ, properties)
 
 
-def notes(settings: Settings, properties: str | None = None) -> list[str]:
-    """What was said and has no effect, for the log at start."""
+def notes(
+    settings: Settings, properties: str | None = None, environ: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What was said and has no effect, and what may surprise, for the log at start."""
     said = [
         f"{key} in serving.properties sizes DJL Serving's workers and has no effect here"
-        for key in _parse(properties, [])
-        if _is_ignored(key) and key != "engine" and not (settings.custom_code and key in _BATCH_KEYS)
+        for key in ignored_keys(properties)
+        if not (settings.custom_code and key in BATCH_KEYS)
     ]
     if settings.entry_point is not None and settings.own_entry_point is None:
         said.append(
             f"entry_point {settings.entry_point} is DJL Serving's: the worker's engine is in its place"
         )
+    if not settings.may_have_handler:
+        said += [
+            f"option {name} chooses among DJL Serving's ways and changes nothing here"
+            for name in handler_options(environ, properties)
+            if name in AS_IT_IS
+        ]
+    if settings.lora_enabled and settings.mirror_uri is not None and not settings.sync:
+        said.append(
+            f"this worker does not mirror {settings.mirror_uri}: adapters are served as far as "
+            f"`loramill sync` brings them to {settings.adapters_path}, or with --sync the worker itself"
+        )
     if not settings.lora_enabled and settings.adapters_dir is not None:
         said.append(f"enable_lora is false: the adapters in {settings.adapters_dir} are not served")
     return said
-
-
-def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, Said]:
-    options = {}
-    for name, value in sorted(environ.items()):
-        if not name.startswith("OPTION_") or not value.strip():
-            continue
-        option = _SPELLINGS.get(name.removeprefix("OPTION_").lower(), "")
-        field = _OPTIONS.get(option) if name.isupper() else None
-        if field is None:
-            close = nearest(name, [f"OPTION_{option.upper()}" for option in _OPTIONS])
-            mistakes.append(f"{name}: unknown option (environment); the nearest known one is {close}")
-        else:
-            options[field] = Said(name, value)
-    return options
-
-
-def _from_properties(text: str | None, mistakes: list[str], strangers: list[str]) -> dict[str, Said]:
-    """What it says, by field; unknown options go to `strangers`, other unknown keys to `mistakes`."""
-    options = {}
-    for key, value in _parse(text, mistakes).items():
-        is_option = key.startswith("option.")
-        field = _OPTIONS.get(key.removeprefix("option.")) if is_option else None
-        field = "batch_size" if key in _BATCH_KEYS else field
-        if field is not None and value.strip():
-            options[field] = Said(f"{key} in serving.properties", value)
-        elif field is None and not _is_ignored(key):
-            close = nearest(key, [*(f"option.{option}" for option in _OPTIONS), *IGNORED_KEYS])
-            (strangers if is_option else mistakes).append(
-                f"{key}: unknown key (serving.properties); the nearest known one is {close}"
-            )
-    return options
-
-
-def _refuse_other_calls(options: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name}: {options[name]!r} (an option of the handler) asks for calls that custom handlers do not "
-        f"get here; it must be {' or '.join(harmless)}, or left unset"
-        for name, harmless in _WHOLE_CALLS_ONLY.items()
-        if options.get(name, harmless[0]).lower() not in harmless
-    ]
-
-
-def _is_ignored(key: str) -> bool:
-    return re.sub(r"^(?!option\.)[a-z]+\.", "", key) in IGNORED_KEYS
-
-
-def _parse(text: str | None, mistakes: list[str]) -> dict[str, str]:
-    try:
-        return dict(javaproperties.loads(text or ""))
-    except ValueError as error:
-        mistakes.append(f"serving.properties: not a Java properties file: {error}")
-        return {}
 
 
 def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
@@ -660,7 +616,7 @@ def _cross_checks(settings: Settings, reading: Reading) -> list[str]:
         ),
         (
             {"lora_mode", "tensor_parallel_degree"},
-            settings.tensor_parallel_degree > 1 and settings.lora_mode != "unmerged",
+            settings.tensor_parallel_degree != 1 and settings.lora_mode != "unmerged",
             f"lora_mode: {shown('lora_mode')} must be unmerged with tensor_parallel_degree {degree}, above 1",
         ),
         (

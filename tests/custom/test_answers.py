@@ -46,7 +46,6 @@ def test_each_of_a_batch_gets_its_own_answer_whatever_their_order() -> None:
         (Head(content=(("batch_0.data", b""),)), "size mismatch"),
         (Head(content=(("data", b""), ("more", b""))), "batch output key"),
         (Head(content=(("batch_0.data", b""), ("batch_2.data", b""))), "batch output key"),
-        (failure("no", 500), "no"),
     ],
 )
 def test_an_answer_that_is_not_one_for_each_is_everybodys_failure(head: Head, words: str) -> None:

@@ -88,6 +88,8 @@ def handle(inputs):
         pass
     if "crash" in texts:
         os._exit(5)
+    if "raise" in texts:
+        raise ValueError("no such text")
     output = Output()
     for number, text in enumerate(texts):
         output.add(f"{text} of {len(texts)}", key="data", batch_index=number)
@@ -107,6 +109,45 @@ def test_of_a_batch_that_ends_the_process_only_the_culprit_fails(tmp_path, how: 
     one, died, two = run(play())
     assert (one.body, two.body) == (b"one of 1", b"two of 1")
     assert isinstance(died, HandlerDied)
+
+
+def test_of_a_batch_that_fails_only_the_culprit_fails(tmp_path) -> None:
+    (tmp_path / "model.py").write_text(_BATCHES)
+
+    async def play():
+        async with handler_of(tmp_path, batch_size=4) as handler:
+            texts = (b"one", b"raise", b"two")
+            return await asyncio.gather(*(ask(handler, text) for text in texts)), handler.num_restarts
+
+    (one, failed, two), restarts = run(play())
+    assert (one.body, two.body, restarts) == (b"one of 1", b"two of 1", 0)
+    assert (failed.status, failed.reason) == (424, "invoke handler failure: no such text")
+
+
+def test_calls_that_are_too_large_together_are_made_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("worker.custom.messages.MAX_MESSAGE_BYTES", 2000)
+    (tmp_path / "model.py").write_text(_BATCHES)
+
+    async def play():
+        async with handler_of(tmp_path, batch_size=4) as handler:
+            return await asyncio.gather(*(ask(handler, b"x" * size) for size in (900, 3000, 901)))
+
+    one, large, two = run(play())
+    assert (one.body, two.body) == (b"x" * 900 + b" of 1", b"x" * 901 + b" of 1")
+    assert large.status == 413
+    assert "the message has" in large.reason
+
+
+def test_what_a_handler_begins_with_is_not_for_a_request_to_say() -> None:
+    async def play():
+        options = {"model_dir": "/elsewhere"}
+        async with handler_of(UNRULY, options=options) as handler:
+            said = {"model_dir": "/etc", "device_id": "7", "handler": "leave"}
+            return json.loads((await handler.call("handle", said, (("how", b"ready"),))).body)
+
+    said = run(play())
+    assert (said["properties"]["device_id"], said["properties"]["model_dir"]) == ("-1", str(UNRULY))
+    assert said["began"]["model_dir"] == str(UNRULY)
 
 
 def test_what_waits_goes_together_as_far_as_the_batch_size(tmp_path) -> None:

@@ -61,6 +61,8 @@ def test_headers_are_properties_but_the_token() -> None:
     [
         ({"handler": "leave"}, "/invocations", 400, "handler can't be overridden"),
         ({"Batch_Size": "999999999"}, "/invocations", 400, "can't be overridden"),
+        ({"Model_Dir": "/etc"}, "/invocations", 400, "can't be overridden"),
+        ({"device_id": "7"}, "/invocations", 400, "can't be overridden"),
         ({"X-Amzn-SageMaker-Custom-Attributes": "handler=leave"}, "/invocations", 400, "overridden"),
         ({}, "/predictions/other", 404, "The model other was not found"),
         ({}, "/invocations?how=%ff", 400, "not UTF-8"),
@@ -118,7 +120,7 @@ def test_a_client_that_goes_away_leaves_its_place(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_client_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.http.handler_api._WRITE_SECONDS", 0.2)
+    monkeypatch.setattr("worker.http.streaming._WRITE_SECONDS", 0.2)
 
     async def play():
         async with served() as (client, _):

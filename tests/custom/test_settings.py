@@ -71,3 +71,4 @@ def test_ways_of_calling_that_are_not_here_are_refused(option: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}: "):
         read_settings(environ=CUSTOM, properties=option)
     read_settings(environ=CUSTOM, properties="option.rolling_batch=disable\noption.mpi_mode=false\n")
+    read_settings(environ=CUSTOM, properties=f"option.entryPoint=djl_python.huggingface\n{option}\n")

@@ -298,8 +298,10 @@ def test_unmerged_lora_request(run, adaptable, builtin, says):
     run(scenario)
 
 
-def test_lora_determinism_and_differentiation(run, adaptable):
-    """client.py: validate_lora_determinism and validate_lora_differentiation."""
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_lora_determinism_and_differentiation(run, adaptable, stream, chat):
+    """client.py: test_handler_adapters and test_handler_adapters_chat, with their parameters."""
 
     async def scenario(worker: Worker):
         await register(worker, adaptable)
@@ -307,15 +309,43 @@ def test_lora_determinism_and_differentiation(run, adaptable):
         for _ in range(2):
             said = {}
             for adapter in ("adaptable", "myBuiltinAdapter", None):
-                body = {"inputs": "What is deep learning?", "adapters": adapter}
-                parameters = {"max_new_tokens": 20, "do_sample": False}
-                answer = await worker.invoke(body | {"parameters": parameters})
-                said[adapter] = answer.body["generated_text"]
+                body = {**(CHAT if chat else GENERATE), "stream": stream}
+                answer = await worker.invoke(body if adapter is None else {**body, "adapters": adapter})
+                assert answer.status == 200, answer.body
+                extract = extract_chat_content if chat else extract_generated_text
+                said[adapter] = extract(answer.body, stream=stream)
             texts.append(said)
         assert texts[0] == texts[1]
         assert len(set(texts[0].values())) == 3
 
     run(scenario)
+
+
+GENERATE = {
+    "inputs": "What is deep learning?",
+    "parameters": {
+        "do_sample": False, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "seed": 42,
+        "max_new_tokens": 20, "details": True,
+    },
+}  # fmt: skip
+CHAT = {
+    "messages": [{"role": "user", "content": "What is deep learning?"}],
+    "max_tokens": 20, "temperature": 0.0, "top_p": 1.0, "seed": 42,
+}  # fmt: skip
+
+
+def extract_generated_text(body, *, stream: bool) -> str:
+    """As client.py has it: of lines, the last that has one."""
+    lines = [json.loads(line) for line in body.splitlines()] if stream else [body]
+    assert lines[-1]["details"]["finish_reason"] != "error"
+    return lines[-1]["generated_text"]
+
+
+def extract_chat_content(body, *, stream: bool) -> str:
+    if not stream:
+        return body["choices"][0]["message"]["content"]
+    chunks = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
 def test_adapters_that_come_into_the_folder_are_there(core, base, builtin, tmp_path):

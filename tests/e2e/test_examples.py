@@ -28,6 +28,7 @@ def test_a_folder_of_djl_serving_s_answers_jobs_and_calls(
 
     with mill.worker(*flags) as worker:
         worker.wait_ready()
+        assert "option rolling_batch chooses among DJL Serving's ways and changes nothing here" in worker.text
         for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, mill.environ[name])
         exec(next(block for block in blocks("python") if "by-attribute" in block), {"QUEUE_URL": queue.url})

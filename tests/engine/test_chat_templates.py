@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests import tiny
-from worker.engine.chat_templates import ChatTemplates, TemplateTooSlow
+from worker.engine.chat_templates import ChatTemplates, TemplateTooSlow, _Process
 from worker.engine.tokenizer import Tokenizer
 from worker.errors import InvalidLine
 from worker.jobs import ChatMessage
@@ -77,14 +77,36 @@ def test_the_process_ends_with_whoever_started_it():
         os.kill(pid, 0)
 
 
-def test_a_tokenizer_says_no_at_once_when_its_template_was_too_slow(monkeypatch):
+def test_a_chat_that_took_too_long_is_not_tried_again_but_shorter_ones_are():
     own = tiny.tokenizer()
-    own.chat_template = ENDLESS
+    own.chat_template = "{% if messages[0].content | length > 3 %}" + ENDLESS + "{% endif %}done"
+    tokenizer = Tokenizer(own, "the adapter's tokenizer", templates := ChatTemplates())
+    refused = "chat template of the adapter's tokenizer refuses the messages: "
+    with pytest.raises(InvalidLine, match=refused + "it takes more than 2 seconds"):
+        tokenizer.render_chat([ChatMessage("user", "12345")])
+    assert tokenizer.render_chat([ChatMessage("user", "123")]) == "done"
+    assert templates._process is not None
+    pid = templates._process.pid
+    for longer in ("12345", "123456"):
+        with pytest.raises(InvalidLine, match=refused + "it took too long for 6 characters already"):
+            tokenizer.render_chat([ChatMessage("user", longer)])
+    assert templates._process.pid == pid  # nobody asked it
+
+
+def test_a_process_that_stands_still_is_replaced(monkeypatch):
+    monkeypatch.setattr("worker.engine.chat_templates._ANSWER_SECONDS", 0.2)
     templates = ChatTemplates()
-    tokenizer = Tokenizer(own, "the adapter's tokenizer", templates)
-    wanted = "chat template of the adapter's tokenizer refuses the messages: it takes more than 2 seconds"
-    with pytest.raises(InvalidLine, match=wanted):
-        tokenizer.render_chat([ChatMessage("user", "a")])
-    monkeypatch.delattr(ChatTemplates, "render")
-    with pytest.raises(InvalidLine, match=wanted):
-        tokenizer.render_chat([ChatMessage("user", "b")])
+    templates._process = process = _Process()
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(InvalidLine, match="ended, with exit code -9"):
+        templates.render("", CHAT, {})
+    monkeypatch.undo()
+    assert templates.render("a", CHAT, {}) == "a"
+
+
+def test_nothing_in_the_current_folder_is_taken_for_ours(tmp_path, monkeypatch):
+    (tmp_path / "worker").mkdir()
+    for name in ("worker/__init__.py", "msgspec.py", "transformers.py"):
+        (tmp_path / name).write_text("raise SystemExit('from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert ChatTemplates().render("a", CHAT, {}) == "a"

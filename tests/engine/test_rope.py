@@ -140,14 +140,16 @@ def test_a_row_that_fills_what_there_is_fills_what_its_own_factor_allows(adapter
     base, made = adapters("llama")
     harness = Harness(base, rope_factors=FACTORS)
     params = SamplingParams(max_new_tokens=harness.engine.max_model_len - 100, ignore_eos=True)
-    completions = harness.run(
-        InferenceRequest(
-            id=f"{factor:g}", prompt=(1,) * 100, adapter=harness.adapter(path), params=params, fills=True
-        )
-        for factor, path in made.items()
-        if factor < 3
-    )
-    assert {name: len(done.token_ids) for name, done in completions.items()} == {"1": 60, "2": 220}
+    keys = {f"{factor:g}": harness.adapter(path) for factor, path in made.items() if factor < 3}
+    rows = [
+        InferenceRequest(id=name, prompt=(1,) * 100, adapter=key, params=params, fills=True)
+        for name, key in {**keys, "base": None}.items()
+    ]
+    for row in rows:
+        harness.engine.check(row)  # as whoever hands it to the engine's thread does
+    completions = harness.run(rows)
+    lengths = {name: len(done.token_ids) for name, done in completions.items()}
+    assert lengths == {"1": 60, "2": 220, "base": 60}
 
 
 def test_max_model_len_bounds_every_factor(adapters):

@@ -144,6 +144,30 @@ def test_a_call_whose_adapter_finds_no_slot_is_passed_a_bounded_number_of_times(
     scheduler.check_integrity()
 
 
+def test_calls_that_share_a_prompt_run_side_by_side_in_a_cache_that_has_it_once():
+    shared = [("shared", n) for n in range(24)]
+    scheduler = scheduler_of(blocks=14)
+    scheduler.add(call("first", [*shared, "a"], max_new_tokens=4))
+    compute(scheduler, scheduler.schedule())
+    for number in range(4):
+        scheduler.add(call(str(number), [*shared, f"b{number}"], max_new_tokens=4))
+    assert names(scheduler.schedule()) == ["first", "0", "1", "2", "3"]
+    scheduler.check_integrity()
+
+
+def test_a_call_without_a_slot_does_not_keep_those_of_other_adapters_from_starting():
+    scheduler = scheduler_of(max_num_seqs=8, max_loras=2)
+    for name, key in (("a", 0), ("b", 1)):
+        scheduler.add(call(name, adapter=KEYS[key], max_new_tokens=9))
+    compute(scheduler, scheduler.schedule())
+    for number in range(6):
+        scheduler.add(call(f"lacks{number}", adapter=KEYS[2 + number % 2]))
+    for name, key in (("more a", KEYS[0]), ("base", None)):
+        scheduler.add(call(name, adapter=key))
+    assert names(scheduler.schedule()) == ["a", "b", "more a", "base"]
+    scheduler.check_integrity()
+
+
 def test_calls_that_end_or_are_dropped_leave_the_books_clean():
     scheduler = busy(sequence("queue", 3, max_new_tokens=9), max_num_seqs=1)
     waits, runs = call("waits"), call("runs")

@@ -387,7 +387,7 @@ def test_failure_to_load_is_told_by_the_call_that_caused_it(scene, failing, monk
         if failing in {"full", "memory"}:
             scene.loader.places = 0
         if failing == "disk":
-            monkeypatch.setattr("worker.adapters.shelf.write_book", _disk_full)
+            monkeypatch.setattr("worker.adapters.registrations.replace_file", _disk_full)
         answer = await api("POST", "/adapters", name="a", src=src)
         assert (answer.status, answer.body["code"]) == (expected, expected)
         if expected == 507:

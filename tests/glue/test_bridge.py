@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from adapters_sync.layout import AdapterFolder, resolve
@@ -17,7 +18,7 @@ from worker.bridge import Bridge
 from worker.core import Core, build_core
 from worker.engine.engine import StepStats
 from worker.errors import AdapterInvalid, AdapterStoreFull, EngineFailed, PromptTooLong, RowFailed
-from worker.jobs import AdapterKey, Completion, InferenceRequest, SamplingParams
+from worker.jobs import AdapterKey, Completion, Delta, InferenceRequest, SamplingParams
 from worker.settings import read_settings
 
 PROMPTS = ["one", "another", "a third, longer one"]
@@ -109,6 +110,28 @@ def test_more_adapters_than_fit_anywhere_complete_and_say_what_they_say_alone(co
             assert max(stats.adapters for stats in batched) == 2
             assert core.store.stats().resident <= 3
             assert core.store.stats().evictions > 0
+        assert_all_free(core)
+
+    run(scenario)
+
+
+def test_a_request_that_streams_tells_its_tokens_before_it_ends(core, adapters):
+    async def scenario() -> None:
+        async with Bridge(core.engine, core.store) as bridge:
+            said: dict[str, list[Delta]] = {"a": [], "b": []}
+            rows = [
+                msgspec.structs.replace(request(core, name, "x", adapter), interactive=True, streams=True)
+                for name, adapter in zip(said, [None, adapters[0]], strict=True)
+            ]
+            plain = bridge.submit(request(core, "plain", "x", adapters[1]), adapters[1])
+            *done, _ = await asyncio.gather(
+                bridge.submit(rows[0], None, said["a"].append),
+                bridge.submit(rows[1], adapters[0], said["b"].append),
+                plain,
+            )
+            for own, completion in zip(said.values(), done, strict=True):
+                assert tuple(delta.token for delta in own) == completion.token_ids[:-1]
+                assert completion.text.startswith("".join(delta.text for delta in own))
         assert_all_free(core)
 
     run(scenario)

@@ -221,7 +221,6 @@ def test_without_lora_only_the_base_answers(core, tmp_path):
         ({"inputs": "x", "adapter": "a0"}, "Field 'adapter' is unknown; the nearest known name is adapters"),
         ({"inputs": "x", "task": "sing"}, "Task is 'sing'; it must be generate or score"),
         ({"inputs": "x", "task": ["score"]}, "Task is a list of 1; it must be generate or score"),
-        ({"inputs": "x", "stream": True}, "Stream is true; answers are not streamed: it must be false"),
         ({"inputs": "x", "parameters": {"max_tokens": 3}}, "parameter 'max_tokens' is unknown"),
         ({"inputs": "x" * 200}, "The prompt has 200 tokens"),
         ({"inputs": ["x", "y"], "ids": ["1", "1"]}, "Row id '1' is used 2 times"),
@@ -456,7 +455,9 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
     async def scenario(worker: Worker):
         answers = [await curl(worker, *command) for command in commands]
         assert [answer.status for answer in answers] == [200] * len(commands)
-        ping, single, several, plain, header, chat, like_djl, models, scored = [one.body for one in answers]
+        ping, single, several, plain, header, chat, like_djl, models, streamed, scored = [
+            one.body for one in answers
+        ]
         assert ping == {"status": "Healthy"}
         assert set(single) == set(plain) == {"generated_text"}
         assert [set(one) for one in several] == [{"generated_text"}] * 2
@@ -465,6 +466,7 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
         assert header["details"]["inputs"] == "Who goes there?"
         assert header["generated_text"] != plain["generated_text"]
         assert scored[0]["logprob"] < 0
+        assert json.loads(streamed.splitlines()[-1])["generated_text"] == header["generated_text"]
         assert (chat["object"], chat["model"]) == ("chat.completion", "pirate")
         assert like_djl["choices"] == chat["choices"]
         assert [one["id"] for one in models["data"]] == ["llama", "pirate", "robot"]
@@ -472,8 +474,9 @@ def test_the_examples_of_the_readme_are_answered(core, adapter_paths, tmp_path):
     serve(core, tmp_path / "adapters", tmp_path, scenario, model="llama")
 
 
-async def curl(worker: Worker, target: str, *options: str):
+async def curl(worker: Worker, *said: str):
     """What the command of this name would do."""
+    target, *options = (option for option in said if option != "-N")
     headers, data = {}, None
     for flag, value in zip(options[::2], options[1::2], strict=True):
         assert flag in {"-H", "-d"}
@@ -491,7 +494,7 @@ def test_the_readme_names_every_route_field_and_error():
     routes = re.findall(r"`([A-Z]+ /\S+)`", text)
     documented = re.findall(r"^ *([A-Z]+) +(/\S+)", str(inference_api.__doc__), re.MULTILINE)
     assert sorted(routes) == sorted(" ".join(one) for one in documented)
-    assert all(f"`{field}`" in text for field in FIELDS - {"stream"})
+    assert all(f"`{field}`" in text for field in FIELDS)
     rows = re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
     told = {int(code) for row in rows for code in row.split(", ")}
     assert told == {*STATUSES.values(), 400, 401, 403, 404, 405, 408, 413, 415, 503}
@@ -532,7 +535,6 @@ def test_a_completion_of_openais_is_answered_as_one_by_the_base_or_the_adapter_o
     ("body", "status", "says"),
     [
         ({"model": "nobody", "prompt": "x"}, 404, "Adapter nobody is not registered"),
-        ({"model": "tiny", "prompt": "x", "stream": True}, 400, "parameter stream is true"),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "parameter n is 2"),
         ({"model": 5, "prompt": "x"}, 400, "the row's body.model is 5"),
         ({"prompt": "x", "adapters": "nobody"}, 404, "Adapter nobody is not registered"),

@@ -170,7 +170,7 @@ def test_an_update_that_fails_leaves_all_as_it_was(scene, how, monkeypatch):
         if how == "full":
             loader.places = 0
         if how == "book":
-            monkeypatch.setattr("worker.adapters.shelf.write_book", _disk_full)
+            monkeypatch.setattr("worker.adapters.registrations.replace_file", _disk_full)
         with pytest.raises((InvalidRegistration, AdapterInvalid, AdapterStoreFull, StorageFull)):
             await registry.update("a", src=src, pin=False)
         assert registry.find("a") == before
@@ -193,7 +193,7 @@ def test_a_registration_that_fails_leaves_nothing(scene, how, monkeypatch):
             scene.loader.places = 0
         with monkeypatch.context() as patch:
             if how == "book":
-                patch.setattr("worker.adapters.shelf.write_book", _disk_full)
+                patch.setattr("worker.adapters.registrations.replace_file", _disk_full)
             with pytest.raises((InvalidRegistration, AdapterInvalid, AdapterStoreFull, StorageFull)):
                 await scene.registry.register("a", src, pin=True)
         assert scene.registry.find("a") is None

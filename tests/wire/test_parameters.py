@@ -67,6 +67,13 @@ def test_temperature_zero_never_reaches_the_sampler():
     assert read_parameters({"temperature": -0.0}).temperature == 1.0
 
 
+def test_vllms_way_to_have_no_top_k_and_djls_name_of_ignore_eos():
+    assert read_parameters({"top_k": -1}) == read_parameters({"top_k": 0})
+    assert read_parameters({"ignore_eos_token": True}) == read_parameters({"ignore_eos": True})
+    with pytest.raises(InvalidParameters, match="parameter ignore_eos is 1"):
+        read_parameters({"ignore_eos_token": 1})
+
+
 def test_sampling_at_temperature_zero_is_a_contradiction():
     with pytest.raises(InvalidParameters, match="temperature is 0; with do_sample true"):
         read_parameters({"do_sample": True, "temperature": 0})
@@ -124,7 +131,7 @@ def test_the_last_good_value(name, value):
         ("temperature", 10**400),
         ("temperature", True),
         ("temperature", "1"),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", False),
         ("top_p", 0),
         ("top_p", 1.0000001),

@@ -15,10 +15,17 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from adapters_sync.layout import AdapterFolder, is_adapter_name
+from adapters_sync.layout import AdapterFolder
 from worker.adapters.folder_view import FolderView, InFolder
 from worker.adapters.info import AdapterInfo, Teller
-from worker.adapters.registrations import Registration
+from worker.adapters.registrations import (
+    REFRESH_SECONDS,
+    Registration,
+    changed,
+    check_name,
+    page_of,
+    unknown,
+)
 from worker.adapters.residents import Loader, Residents, key_of
 from worker.errors import (
     AdapterInvalid,
@@ -27,14 +34,12 @@ from worker.errors import (
     RegistrationError,
     RegistryUnavailable,
     RowError,
-    UnknownAdapter,
 )
 from worker.jobs import AdapterKey
 from worker.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-_REFRESH_SECONDS = 10.0
 _MOST_WARNINGS = 1000
 _T = TypeVar("_T")
 
@@ -104,7 +109,7 @@ class AdapterRegistry:
     async def run(self) -> None:
         """Follow what becomes of the adapters folder, for ever."""
         while True:
-            await asyncio.sleep(_REFRESH_SECONDS)
+            await asyncio.sleep(REFRESH_SECONDS)
             await self.refresh()
 
     def close(self) -> None:
@@ -139,16 +144,15 @@ class AdapterRegistry:
         """
         in_folder = await _off_loop(self._folder.survey)
         self._warn_of_shadows(in_folder)
-        names = sorted(in_folder.keys() | self._registered.keys())
-        end = begin + limit
-        found = [await self._info(name, in_folder.get(name)) for name in names[begin:end]]
-        return [one for one in found if one is not None], end if end < len(names) else None
+        names, following = page_of(sorted(in_folder.keys() | self._registered.keys()), begin, limit)
+        found = [await self._info(name, in_folder.get(name)) for name in names]
+        return [one for one in found if one is not None], following
 
     async def describe(self, name: str) -> AdapterInfo:
         """One adapter. Raises UnknownAdapter."""
         info = await self._info(name, await _off_loop(self._folder.look, name))
         if info is None:
-            raise _unknown(name)
+            raise unknown(name)
         return info
 
     async def register(
@@ -159,17 +163,19 @@ class AdapterRegistry:
         preload: bool = True,
         pin: bool = False,
         options: Mapping[str, str] | None = None,
+        alias: str | None = None,
     ) -> None:
         """Fetch an adapter, check it, load it if that is said, and have it by this name from then on.
 
         Raises RegistrationError or RowError, and then nothing is registered.
         """
-        if not is_adapter_name(name):
-            raise InvalidRegistration(f"name is {name!r}; it must match [A-Za-z0-9][A-Za-z0-9._-]{{0,127}}")
+        check_name(name)
         await self._own_shelf()
         if name in self._registered or name in self._coming:
             raise AdapterTaken(f"The adapter {name} is registered already")
-        said = Registration(name=name, src=src, preload=preload, pin=pin, options=dict(options or {}))
+        said = Registration(
+            name=name, src=src, preload=preload, pin=pin, options=dict(options or {}), alias=alias
+        )
         self._coming.add(name)
         try:
             async with self._turns.of(name):
@@ -185,6 +191,7 @@ class AdapterRegistry:
         preload: bool | None = None,
         pin: bool | None = None,
         options: Mapping[str, str] | None = None,
+        alias: str | None = None,
     ) -> None:
         """Change what is said about an adapter; what is None stays as it is, and so do other options.
 
@@ -196,24 +203,29 @@ class AdapterRegistry:
         async with self._turns.of(name):
             one = self._registered.get(name)
             if one is not None:
-                said = _changed(one.said, src, preload, pin, options)
+                said = changed(one.said, src=src, preload=preload, pin=pin, options=options, alias=alias)
                 await self._update(one, said, fetch=src is not None, load=load)
                 return
             found = await _off_loop(self._folder.look, name)
             if found is None:
-                raise _unknown(name)
+                raise unknown(name)
             if src not in {None, found.src}:
                 raise _not_ours(name, found)
             said = self._said_of_folder.get(name) or Registration(name=name)
-            await self._keep(_changed(said, None, preload, pin, options), found.folder, load=load)
+            said = changed(said, preload=preload, pin=pin, options=options, alias=alias)
+            await self._keep(said, found.folder, load=load)
 
-    async def delete(self, name: str) -> None:
-        """Take a registered adapter away. Rows that began with it end with it. Raises RegistrationError."""
+    async def delete(self, name: str, *, alias: str | None = None) -> None:
+        """Take a registered adapter away, whatever its `alias`. Rows that began with it end with it.
+
+        Raises RegistrationError.
+        """
+        del alias
         await self._own_shelf()
         async with self._turns.of(name):
             if name not in self._registered:
                 found = await _off_loop(self._folder.look, name)
-                raise _unknown(name) if found is None else _not_ours(name, found)
+                raise unknown(name) if found is None else _not_ours(name, found)
             await self._commit(name)
             self._residents.drop(name)
             await self._link(name, None)
@@ -405,29 +417,9 @@ async def _off_loop(look: Callable[..., _T], *args: object) -> _T:
         raise RegistryUnavailable(f"the adapters folder cannot be read: {error}") from error
 
 
-def _changed(
-    said: Registration,
-    src: str | None,
-    preload: bool | None,
-    pin: bool | None,
-    options: Mapping[str, str] | None,
-) -> Registration:
-    return msgspec.structs.replace(
-        said,
-        src=said.src if src is None else src,
-        preload=said.preload if preload is None else preload,
-        pin=said.pin if pin is None else pin,
-        options={**said.options, **(options or {})},
-    )
-
-
 def _with(table: Mapping[str, _T], name: str, value: _T | None) -> dict[str, _T]:
     others = {one: known for one, known in table.items() if one != name}
     return others if value is None else {**others, name: value}
-
-
-def _unknown(name: str) -> UnknownAdapter:
-    return UnknownAdapter(f"The adapter {name} was not found")
 
 
 def _not_ours(name: str, found: InFolder) -> AdapterTaken:

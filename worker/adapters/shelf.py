@@ -6,10 +6,8 @@ What the mirror's modules raise becomes what the API answers here, and nowhere e
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-
-import msgspec
 
 from adapters_sync import disk, publish
 from adapters_sync.base_model import BaseModelFile
@@ -17,7 +15,6 @@ from adapters_sync.disk import OnDisk
 from adapters_sync.errors import (
     InvalidAdapter,
     InvalidUri,
-    MirrorLocked,
     NoRoom,
     ObjectChanged,
     RemoteUnavailable,
@@ -29,7 +26,7 @@ from adapters_sync.options import Clock
 from adapters_sync.report import FailureKind, Trouble
 from adapters_sync.tasks import in_thread
 from adapters_sync.workshop import Workshop
-from worker.adapters.registrations import Registration, read_book, write_book
+from worker.adapters.registrations import Book, Registration
 from worker.adapters.sources import check_complete, opened
 from worker.errors import InvalidRegistration, RegistryUnavailable, StorageFull
 
@@ -58,12 +55,11 @@ class VersionShelf:
         grace_seconds: float = 3600.0,
     ) -> None:
         self._paths = MirrorPaths(adapters_dir.absolute())
-        self._book = self._paths.adapters_dir.parent / BOOK
+        self._book = Book(self._paths.adapters_dir.parent / BOOK)
         self._limits = limits
         self._clock = clock
         self._grace_seconds = grace_seconds
         self._base = BaseModelFile(MirrorPaths(mirrored.absolute()))
-        self._lock = ExitStack()
         self._collecting = asyncio.Lock()
         self._num_putting = 0
 
@@ -73,19 +69,15 @@ class VersionShelf:
 
     def close(self) -> None:
         """Let another one write."""
-        self._lock.close()
+        self._book.close()
 
     async def read(self) -> tuple[Registration, ...]:
         """What the book says. Raises RegistryUnavailable when it cannot be read."""
-        try:
-            return await in_thread(read_book, self._book)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RegistryUnavailable(f"{self._book} cannot be read: {error}") from error
+        return await in_thread(self._book.read)
 
     async def write(self, registrations: Iterable[Registration]) -> None:
         """Write the book anew. Raises StorageFull, and it is as it was."""
-        with _as_answers():
-            await in_thread(write_book, self._book, registrations)
+        await in_thread(self._book.write, registrations)
 
     async def restore(self, wanted: Mapping[str, str]) -> None:
         """Link the versions that are wanted, by name, and no others: what is not linked is not kept.
@@ -140,15 +132,10 @@ class VersionShelf:
                 await in_thread(self._collect, wanted)
 
     def _take(self) -> None:
+        self._book.take()
         try:
-            self._lock.enter_context(disk.exclusive(self._paths.lock_file))
             disk.tidy(self._paths)
             self._paths = MirrorPaths(self._paths.adapters_dir.resolve())
-        except MirrorLocked as error:
-            raise RegistryUnavailable(
-                f"another worker on this machine has the adapters registered in "
-                f"{self._paths.adapters_dir.parent}; give this one a CACHE_DIR of its own"
-            ) from error
         except OSError as error:
             self.close()
             raise RegistryUnavailable(f"{self._paths.adapters_dir.parent} cannot be used: {error}") from error
@@ -221,7 +208,7 @@ def _as_answers() -> Iterator[None]:
         yield
     except (InvalidUri, InvalidAdapter) as error:
         raise InvalidRegistration(str(error)) from error
-    except (ObjectChanged, RemoteUnavailable, MirrorLocked) as error:
+    except (ObjectChanged, RemoteUnavailable) as error:
         raise RegistryUnavailable(str(error)) from error
     except (NoRoom, OSError) as error:
         raise StorageFull(str(error)) from error

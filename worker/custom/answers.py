@@ -74,9 +74,9 @@ def merged(calls: Sequence[Call]) -> Call:
 
 
 def parted(head: Head, count: int) -> list[Head]:
-    """The answers to so many calls in the one to all of them; a failure is everybody's."""
-    if head.code >= 300:
-        return [head] * count
+    """The answers to so many calls in the one to all of them; all fail if it is not one for each."""
+    if count == 1:
+        return [head]
     found = [_NUMBERED.fullmatch(key or "") for key, _ in head.content]
     numbers = [-1 if match is None else int(match[1]) for match in found]
     if len(numbers) != count:

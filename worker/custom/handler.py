@@ -37,7 +37,8 @@ class CustomHandler:
 
     The first call of every process is one of `begin.properties["handler"]` without content, but with the
     properties `options`. Calls of that function that wait at the same time go together, `batch_size` at most;
-    when a batch ends the process, its calls are made one by one, so that one of them fails and no other.
+    when a batch fails, ends the process or is too large to be sent, its calls are made one by one, so that
+    one of them fails and no other.
     `start_seconds` is for loading and the first call together, `call_seconds` for each call that follows.
     """
 
@@ -68,8 +69,6 @@ class CustomHandler:
         """Urgent calls that went first since one that is not had its turn."""
         self._some = asyncio.Event()
         self._ended = False
-        self.missing: tuple[str, ...] = ()
-        """Functions that the handler does not have."""
         self.num_restarts = 0
         self.on_lost: Callable[[str, str, bool], None] = lambda *_: None
         """Told of each adapter that a new process did not take: its name, why, and whether it ended that."""
@@ -162,10 +161,10 @@ class CustomHandler:
 
     async def _serve(self, calls: list[_Waiting]) -> None:
         try:
-            died = await self._try(calls)
-            if died is not None and len(calls) == 1:
-                _settle_all(calls, died)
-            elif died is not None:
+            failed = await self._try(calls)
+            if failed is not None and len(calls) == 1:
+                _settle_all(calls, failed)
+            elif failed is not None:
                 for one in calls:
                     if not one.future.done():
                         await self._serve([one])
@@ -173,34 +172,37 @@ class CustomHandler:
             _settle_all(calls, HandlerDied(str(error) or "the handler has been stopped"))
             raise
 
-    async def _try(self, calls: list[_Waiting]) -> HandlerDied | None:
-        """Make calls together; returns what the process died of, if it did. Raises EngineFailed."""
+    async def _try(self, calls: list[_Waiting]) -> Answer | HandlerDied | None:
+        """Make calls together; returns how all of them failed, if they did. Raises EngineFailed."""
         if self._process is None or self._process.has_ended:  # it may die between calls, too
             await self._bury()
             await self._start_again()
         try:
             async with _within(self._call_seconds, "the handler did not answer"):
-                await self._ask(calls)
+                return await self._ask(calls)
         except HandlerDied as error:
             logger.warning("the custom handler has ended: %s", error, extra={"calls": len(calls)})
             await self._bury()
             return error
         except ValueError as error:  # too long to be sent
-            _settle_all(calls, Answer(failure(str(error), 413, "request too large")))
-        return None
+            return Answer(failure(str(error), 413, "request too large"))
 
-    async def _ask(self, calls: list[_Waiting]) -> None:
+    async def _ask(self, calls: list[_Waiting]) -> Answer | None:
+        """Make calls together; returns the failure of a whole batch."""
         assert self._process is not None
-        await self._process.send(merged([one.call for one in calls]) if len(calls) > 1 else calls[0].call)
+        is_batch = len(calls) > 1
+        await self._process.send(merged([one.call for one in calls]) if is_batch else calls[0].call)
         head = await self._process.receive()
         if not isinstance(head, Head):
             raise HandlerDied("the handler's process sent a piece of a stream that it had not begun")
         if head.streams:
             await self._pass_on(head, calls)
-            return
-        heads = parted(head, len(calls)) if len(calls) > 1 else [head]
-        for one, part in zip(calls, heads, strict=True):
-            _settle(one.future, Answer(part))
+        elif is_batch and Answer(head).is_failure:
+            return Answer(head)
+        else:
+            for one, part in zip(calls, parted(head, len(calls)), strict=True):
+                _settle(one.future, Answer(part))
+        return None
 
     async def _pass_on(self, head: Head, calls: list[_Waiting]) -> None:
         """Hand the pieces of a stream on as they come. Nobody may be there any more to take them."""
@@ -251,9 +253,6 @@ class CustomHandler:
         assert self._process is not None
         if loaded.error is not None:
             raise HandlerDied(loaded.error)
-        if self.function in loaded.missing:
-            raise HandlerDied(f"it has no function {self.function}")
-        self.missing = loaded.missing
         answer = await self._ask_alone(Call(self.function, self._options))
         if answer.is_failure:
             raise HandlerDied(f"its first call, for initialisation, failed: {answer.status} {answer.reason}")

@@ -39,7 +39,6 @@ from worker.custom.package.djl_python import Input, Output, encode_decode, input
 
 logger = logging.getLogger("djl_python")
 
-ADAPTER_FUNCTIONS = ("register_adapter", "update_adapter", "unregister_adapter")
 PACKAGE = Path(djl_python.__file__).parents[1]
 """On PYTHONPATH, so that processes which the handler starts find `djl_python` too."""
 _STARVED = ("CUDA error: out of memory", "No available memory for the cache blocks")
@@ -81,14 +80,14 @@ class Host:
         except Exception as error:
             logger.exception("the handler could not be loaded")
             return Loaded(f"{type(error).__name__}: {error}")
-        named = (begin.properties.get("handler", "handle"), *ADAPTER_FUNCTIONS)
-        missing = tuple(name for name in named if not callable(getattr(self._module, name, None)))
-        return Loaded(missing=missing)
+        function = begin.properties["handler"]
+        has_it = callable(getattr(self._module, function, None))
+        return Loaded(None if has_it else f"it has no function {function}")
 
     def _call(self, call: Call) -> Output:
         given = Input()
         given.function_name = call.function
-        given.properties.update({**self._common, **call.properties, "handler": call.function})
+        given.properties.update({**call.properties, **self._common, "handler": call.function})
         for key, value in call.content:
             given.content.add(key, bytearray(value))
         try:

@@ -54,8 +54,6 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
     """The handler's module is there; with `error` it is not."""
 
     error: str | None = None
-    missing: tuple[str, ...] = ()
-    """Of the functions that a handler may have, those that it has not."""
 
 
 ToHandler = Begin | Call
@@ -69,7 +67,7 @@ def frame(message: ToHandler | FromHandler) -> bytes:
     """A message with its length. Raises ValueError for one that is too long."""
     body = msgspec.msgpack.encode(message)
     if len(body) > MAX_MESSAGE_BYTES:
-        raise ValueError(f"the answer has {len(body)} bytes; it may have {MAX_MESSAGE_BYTES}")
+        raise ValueError(f"the message has {len(body)} bytes; it may have {MAX_MESSAGE_BYTES}")
     return _LENGTH.pack(len(body)) + body
 
 

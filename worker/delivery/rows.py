@@ -25,8 +25,10 @@ from worker.errors import Cancelled, EngineFailed, Expired, RowError, RowFailed,
 from worker.jobs import (
     AdapterKey,
     Completion,
+    Delta,
     InferenceRequest,
     Job,
+    OnDelta,
     Output,
     Row,
     RowResult,
@@ -48,7 +50,7 @@ _AHEAD = 64
 class Hold:
     """A message that is at work: its job, once that is known, and how many rows have no result yet."""
 
-    __slots__ = ("began", "cancelled", "interactive", "job", "left", "num_bytes", "rows")
+    __slots__ = ("began", "cancelled", "interactive", "job", "left", "num_bytes", "on_delta", "rows")
 
     def __init__(self, num_bytes: int) -> None:
         self.job: Job | None = None
@@ -59,6 +61,8 @@ class Hold:
         """Whoever sets this has rows fail that are not started yet."""
         self.interactive = False
         """Whether somebody waits for it: then it is no message, but a call."""
+        self.on_delta: OnDelta | None = None
+        """Who is told of its tokens as they come."""
 
     def take(self, job: Job) -> None:
         """From now on it is this job."""
@@ -181,7 +185,11 @@ class RowRunner:
             raise EngineFailed(f"rows of job {hold.job.id} were dropped")
 
     async def answer(
-        self, call_id: str, rows: Sequence[Row], timeout_seconds: float = math.inf
+        self,
+        call_id: str,
+        rows: Sequence[Row],
+        timeout_seconds: float = math.inf,
+        on_delta: OnDelta | None = None,
     ) -> list[RowResult]:
         """All results of a call that somebody waits for, in order; its rows go before those of messages.
 
@@ -189,7 +197,7 @@ class RowRunner:
         Raises EngineFailed.
         """
         hold = Hold(0)
-        hold.interactive = True
+        hold.interactive, hold.on_delta = True, on_delta
         now = self._clock()
         hold.take(Job(id=call_id, rows=tuple(rows), output=Output(""), digest="", created_at=now))
         try:
@@ -243,8 +251,8 @@ class RowRunner:
                 version = None if adapter is None else adapter.version
                 encoded = await self._on_thread(hold, self._encode, row, adapter)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
-                request = self._request(job, row, encoded, key, interactive=hold.interactive)
-                completion = await self._submit(request, adapter)
+                request = self._request(hold, row, encoded, key)
+                completion = await self._submit(request, adapter, hold.on_delta or _unheard)
         except RowError as exc:
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
         details = {}
@@ -268,17 +276,20 @@ class RowRunner:
             workflow = self._workflow(name)
         except RowError as exc:
             return RowResult(row=row, failure=failure_of(exc))
+        hold.on_delta = None  # what a step says is no answer yet
         return await run_chain(workflow, row, lambda step: self._run(hold, step))
 
     async def _on_thread(self, hold: Hold, work: Callable[..., T], *arguments: object) -> T:
         threads = self._urgent_encoders if hold.interactive else self._encoders
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
-    async def _submit(self, request: InferenceRequest, adapter: AdapterFolder | None) -> Completion:
+    async def _submit(
+        self, request: InferenceRequest, adapter: AdapterFolder | None, on_delta: OnDelta
+    ) -> Completion:
         tokens = len(request.prompt) + request.params.max_new_tokens
         self._flow.take(tokens=tokens)
         try:
-            return await self._bridge.submit(request, adapter)
+            return await self._bridge.submit(request, adapter, on_delta)
         finally:
             self._flow.give_back(tokens=tokens)
 
@@ -323,9 +334,8 @@ class RowRunner:
             raise RowFailed(f"Adapter {adapter.name} could not be read: {exc}") from exc
         return own or self._tokenizer
 
-    def _request(
-        self, job: Job, row: Row, encoded: "_Encoded", key: AdapterKey | None, *, interactive: bool = False
-    ) -> InferenceRequest:
+    def _request(self, hold: Hold, row: Row, encoded: "_Encoded", key: AdapterKey | None) -> InferenceRequest:
+        assert hold.job is not None
         # Two deliveries of one message may be at work here, so the job's id would not be unique.
         name, params = str(next(self._numbers)), row.params
         if encoded.targets:
@@ -337,14 +347,14 @@ class RowRunner:
                 adapter=key,
                 params=params,
                 targets=encoded.targets,
-                interactive=interactive,
+                interactive=hold.interactive,
             )
         if row.fills:
             left = self._bridge.max_model_len - len(encoded.tokens)
             params = msgspec.structs.replace(params, max_new_tokens=max(1, left))
         if params.do_sample and params.seed is None:
             # Of the job and the row alone, so that a second attempt at the job says the same.
-            seed = hashlib.sha256(f"{job.id}/{row.index}".encode()).digest()[:8]
+            seed = hashlib.sha256(f"{hold.job.id}/{row.index}".encode()).digest()[:8]
             params = msgspec.structs.replace(params, seed=int.from_bytes(seed, "big"))
         return InferenceRequest(
             id=name,
@@ -352,7 +362,8 @@ class RowRunner:
             adapter=key,
             params=params,
             fills=row.fills,
-            interactive=interactive,
+            interactive=hold.interactive,
+            streams=hold.on_delta is not None,
         )
 
     def _details(self, encoded: "_Encoded", completion: Completion) -> dict[str, Any]:
@@ -372,6 +383,10 @@ class RowRunner:
         if completion.prompt_log_probs is not None:
             details["prefill"] = spelled(zip(encoded.tokens, completion.prompt_log_probs, strict=True))
         return details
+
+
+def _unheard(_: Delta) -> None:
+    """For rows that do not stream."""
 
 
 class _Taken:

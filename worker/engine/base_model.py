@@ -46,6 +46,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def degree_of(asked: int, device: torch.device) -> int:
+    """How many devices like this one share the model: 0 asks for all GPUs."""
+    return asked or (torch.cuda.device_count() if device.type == "cuda" else 1)
+
+
 def resolve_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
     """`float32`, `bfloat16`, `float16`, or `auto`.
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import signal
 import subprocess
-import sys
 import threading
 import weakref
 from multiprocessing.connection import Connection
@@ -11,10 +10,13 @@ from typing import Any
 
 import msgspec
 
+from worker.child import child_command
 from worker.engine.template_process import CPU_SECONDS, Rendered, Request
 from worker.errors import InvalidLine
 
 _MODULE = "worker.engine.template_process"
+_ANSWER_SECONDS = 60.0
+"""By the clock; it has far less of a processor, but may have to wait for one, and to start."""
 
 
 class ChatTemplates:
@@ -51,24 +53,28 @@ class ChatTemplates:
 
 
 class TemplateTooSlow(InvalidLine):
-    """It would be so every time."""
+    """It was stopped."""
 
 
 class _Process:
     def __init__(self) -> None:
         self._ours, theirs = multiprocessing.Pipe()
-        command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
         with theirs:
             process = subprocess.Popen(  # noqa: S603 (our own program)
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                child_command(_MODULE, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
             )
         self.pid = process.pid
         self.end = weakref.finalize(self, _end, process, self._ours)
         """Also when nobody needs it any more. Returns the exit code."""
 
     def ask(self, request: bytes) -> bytes:
-        """Raises EOFError or OSError if it has ended."""
+        """Raises EOFError or OSError if it has ended, or stands still."""
         self._ours.send_bytes(request)
+        if not self._ours.poll(_ANSWER_SECONDS):
+            raise TimeoutError
         return self._ours.recv_bytes()
 
 

@@ -19,7 +19,7 @@ from worker.engine.scheduler import Batch, ScheduledRow, Scheduler
 from worker.engine.sequence import Sequence, Status
 from worker.engine.tokenizer import TextStream, Tokenizer
 from worker.errors import EngineFailed, InvalidParameters, PromptTooLong
-from worker.jobs import AdapterKey, Completion, Failure, FinishReason, InferenceRequest, Score
+from worker.jobs import AdapterKey, Completion, Delta, Failure, FinishReason, InferenceRequest, Score
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self._streams: dict[str, TextStream] = {}
+        """The text so far of rows that stream, or that a text may end."""
+        self._deltas: list[Delta] = []
         self._failed_alone = 0
         self._look_ahead = look_ahead
         self._flight: Launched | None = None
@@ -127,6 +129,8 @@ class Engine:
         known = Vocabulary(self._runner.vocab_size + extra, self._runner.num_logits + extra)
         certain = request.adapter is None or not self._rope.factors
         limit = self.max_len(request.adapter) if certain else self.max_model_len
+        if request.fills:
+            request = _filled(request, limit)
         self._check(request, known, self._eos, limit)
 
     def _check(self, request: InferenceRequest, known: Vocabulary, eos: frozenset[int], limit: int) -> None:
@@ -177,7 +181,7 @@ class Engine:
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is in flight already")
         sequence = self._sequences[request.id] = Sequence(request, endings)
-        if request.params.stop_sequences:
+        if request.streams or request.params.stop_sequences:
             self._streams[request.id] = TextStream(self._tokenizer_of(request), request.prompt)
         self._scheduler.add(sequence)
 
@@ -239,6 +243,11 @@ class Engine:
             sample_seconds=timings.sample_seconds,
             update_seconds=max(0.0, done - scheduled - work),
         )
+
+    def take_deltas(self) -> list[Delta]:
+        """What rows that stream have said in the steps since this was last called, in order."""
+        taken, self._deltas = self._deltas, []
+        return taken
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the books agree; for tests, and cheap enough for idle moments."""
@@ -366,6 +375,8 @@ class Engine:
             if own is not None:
                 kept_samples.append((own.token, own.log_prob, own.top_tokens))
         ended = self._scheduler.settle(Batch(tuple(kept_rows)), kept_samples, self._finish_reason)
+        telling = [row.sequence for row in kept_rows if row.samples and row.sequence.request.streams]
+        self._deltas += [self._delta(sequence) for sequence in telling if sequence.status is Status.RUNNING]
         return completions + [self._complete(sequence) for sequence in ended]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -376,23 +387,28 @@ class Engine:
             return FinishReason.EOS_TOKEN
         if sequence.tokens[-1] in params.stop_token_ids:
             return FinishReason.STOP_SEQUENCE
-        if params.stop_sequences and self._meets_stop(sequence):
+        stream = self._streams.get(sequence.request.id)
+        if stream is not None and self._meets_stop(sequence, stream):
             return FinishReason.STOP_SEQUENCE
         if sequence.num_generated >= params.max_new_tokens:
             return FinishReason.LENGTH
         return None
 
-    def _meets_stop(self, sequence: Sequence) -> bool:
-        stream = self._streams[sequence.request.id]
-        new = stream.push(sequence.tokens[-1])
-        if not new or sequence.num_generated <= sequence.request.params.min_new_tokens:
+    def _meets_stop(self, sequence: Sequence, stream: TextStream) -> bool:
+        new, stops = stream.push(sequence.tokens[-1]), sequence.request.params.stop_sequences
+        if not new or not stops or sequence.num_generated <= sequence.request.params.min_new_tokens:
             return False
-        stops = sequence.request.params.stop_sequences
         # A stop sequence may have begun in earlier tokens, but it ends in the new text.
         begin = max(0, len(stream.text) - len(new) - max(map(len, stops)) + 1)
         found = [at for at in (stream.text.find(stop, begin) for stop in stops) if at >= 0]
         sequence.text_end = min(found, default=None)
         return bool(found)
+
+    def _delta(self, sequence: Sequence) -> Delta:
+        request = sequence.request
+        log_prob = sequence.log_probs[-1] if request.params.details else None
+        text = self._streams[request.id].tell(request.params.stop_sequences)
+        return Delta(request.id, sequence.tokens[-1], log_prob, text)
 
     def _complete(self, sequence: Sequence, failure: Failure | None = None) -> Completion:
         request = sequence.request

@@ -6,7 +6,7 @@ Bookkeeping only: the tensors are in `attention`.
 import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from worker.engine.prefixes import Node, PrefixTree
@@ -91,11 +91,11 @@ class KVCache(ABC):
         growth: Growth,
         others: Iterable[Growth],
         *,
-        num_free: int | None = None,
+        held: Collection[int] | None = None,
     ) -> bool:
         """Whether a sequence that reuses `node` can be expected to run beside `others` to its end.
 
-        As if `num_free` blocks were free, if that is given.
+        As if no blocks were held but `held`, if that is given.
         """
 
     @abstractmethod
@@ -215,7 +215,7 @@ class SharedBlocks(KVCache):
         growth: Growth,
         others: Iterable[Growth],
         *,
-        num_free: int | None = None,
+        held: Collection[int] | None = None,
     ) -> bool:
         """As rows grow and end, the blocks in use must stay within the cache at every moment.
 
@@ -224,8 +224,11 @@ class SharedBlocks(KVCache):
         The idea is that of arXiv:2507.10150 (past-future scheduling).
         """
         found = [] if node is None else [block for each in node.path for block in each.holders]
-        taken = sum(not self._holds[block] for block in found)
-        free = (self.num_free if num_free is None else num_free) - taken
+        if held is None:
+            taken, free = sum(not self._holds[block] for block in found), self.num_free
+        else:
+            taken, free = sum(block not in held for block in found), self.num_blocks - len(held)
+        free -= taken
         rows = sorted([growth._replace(num_blocks=len(found), num_alone=taken), *others])
         size = self.block_size
         spare = [row.num_tokens - 1 + size - 1 - row.num_blocks * size for row in rows]
@@ -317,9 +320,9 @@ class OwnBlocks(KVCache):
         growth: Growth,
         others: Iterable[Growth],
         *,
-        num_free: int | None = None,
+        held: Collection[int] | None = None,
     ) -> bool:
-        return (self.num_free if num_free is None else num_free) > 0
+        return (self.num_free if held is None else self.num_blocks - len(held)) > 0
 
     def begin(self, blocks: list[int], node: Node[int] | None, num_tokens: int) -> list[BlockCopy] | None:
         assert not blocks

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from worker.engine.transfer import to_device
 from worker.errors import AdapterInvalid, ModelError
 
 _FREQUENCIES = "inv_freq"
@@ -124,4 +125,4 @@ def scaled_positions(
     if all(factor == 1.0 for factor in factors):
         return positions.to(torch.float32)
     own = torch.repeat_interleave(torch.tensor(factors, dtype=torch.float32), torch.tensor(counts))
-    return positions.to(torch.float32) / own.to(positions.device)
+    return positions.to(torch.float32) / to_device(own, positions.device)

@@ -211,7 +211,7 @@ class Scheduler:
         going_on = [sequence for sequence in self.running if not sequence.only_settles]
         first = [sequence for sequence in going_on if self._goes_first(sequence)]
         first.sort(key=lambda sequence: sequence is not self.sheltered)  # nobody preempts that one
-        others = [sequence for sequence in going_on if sequence not in first]
+        others = [sequence for sequence in going_on if not self._goes_first(sequence)]
         self._continue_running(step, first, behind=len(others))
         self._start_urgent(step, others)
         others = [sequence for sequence in others if sequence.status is Status.RUNNING]
@@ -310,9 +310,10 @@ class Scheduler:
             left = behind + len(going_on) - number - 1
             row = step.budget.row(sequence, sequence.computed, behind=left)
             gone = self._make_room(sequence, row.stop)
-            for other in [other for other in step.rows if other.sequence in gone]:
-                step.rows.remove(other)
-                step.budget.give_back(other)
+            if gone:
+                for other in [other for other in step.rows if other.sequence in gone]:
+                    step.rows.remove(other)
+                    step.budget.give_back(other)
             if sequence not in gone:
                 sequence.written = row.stop
                 step.take(row)
@@ -385,16 +386,17 @@ class Scheduler:
 
     def _start_urgent(self, step: "_Step", others: list[Sequence]) -> None:
         """Start interactive rows, at the cost of `others`, to each of which that stays a token is left."""
-        passed: set[Sequence] = set()
-        """Rows that find no slot, which lets younger ones pass."""
+        lacking: set[AdapterKey | None] = set()
+        """Adapters whose rows find no slot in this step, which lets younger rows of others pass."""
         while True:
-            sequence = next((row for row in self.urgent.offered if row not in passed), None)
+            offered = (row for row in self.urgent.offered if row.request.adapter not in lacking)
+            sequence = next(offered, None)
             behind = sum(other.status is Status.RUNNING for other in others)
             if sequence is None or self._is_turn_of_queue or step.budget.tokens <= behind:
                 return
             stay = [row for row in self.running if not self._may_displace(row)]
             if not self._has_slot_beside(sequence, stay):
-                passed.add(sequence)
+                lacking.add(sequence.request.adapter)
                 continue
             if len(stay) >= self.max_num_seqs or not self._has_blocks_beside(sequence, stay):
                 return
@@ -409,9 +411,9 @@ class Scheduler:
 
     def _has_blocks_beside(self, sequence: Sequence, stay: list[Sequence]) -> bool:
         held = {block for row in stay for block in row.blocks}
-        free = self.kv_cache.num_blocks - len(held)
         rows = (self._growth(row) for row in stay)
-        return not stay or self.kv_cache.fits(None, self._growth(sequence), rows, num_free=free)
+        node = self._known(sequence)
+        return not stay or self.kv_cache.fits(node, self._growth(sequence), rows, held=held)
 
     def _displace_for(self, sequence: Sequence, step: "_Step") -> bool:
         """Start an interactive row, preempting rows of the queue as long as it lacks something.

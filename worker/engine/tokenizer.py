@@ -1,8 +1,9 @@
-"""Text <-> token ids, through the base model's own tokenizer."""
+"""Text <-> token ids, through the tokenizer of the base model or of an adapter."""
 
 import json
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._whose = whose
         self._templates = templates
-        self._too_slow: TemplateTooSlow | None = None
+        self._too_slow_from = math.inf
+        """Chats of so many characters and more are not tried again."""
         self._lock = threading.Lock()  # fast tokenizers raise "Already borrowed" on concurrent encoding
         self._special = frozenset(
             token for token, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -97,13 +99,14 @@ class Tokenizer:
             return str(
                 self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             )
-        if self._too_slow is not None:  # once is enough
-            raise self._too_slow
+        size = sum(len(message["content"]) + 1 for message in conversation)
+        if size >= self._too_slow_from:
+            raise TemplateTooSlow(f"it took too long for {self._too_slow_from} characters already")
         template, special_tokens = self._tokenizer.get_chat_template(), self._tokenizer.special_tokens_map
         try:
             return self._templates.render(template, conversation, special_tokens)
-        except TemplateTooSlow as exc:
-            self._too_slow = exc
+        except TemplateTooSlow:
+            self._too_slow_from = min(size, self._too_slow_from)
             raise
 
     def encode_chat(self, rendered: str) -> tuple[int, ...]:
@@ -174,6 +177,8 @@ class TextStream:
         self._done = len(self._tokens)
         """Tokens before this one have been turned into `text`."""
         self.text = ""
+        self._told = 0
+        """Characters of it that `tell` has returned."""
 
     def push(self, token: int) -> str:
         """Take one more generated token; returns the text it completes, perhaps none."""
@@ -188,6 +193,13 @@ class TextStream:
         new = whole[len(before) :]
         self.text += new
         return new
+
+    def tell(self, stops: Collection[str] = ()) -> str:
+        """What has come to `text` since the last call, but for an end that one of `stops` may begin with."""
+        text = self.text
+        begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        begin, self._told = self._told, len(text) - max(begun, default=0)
+        return text[begin : self._told]
 
     def _give_up(self, before: str, whole: str) -> str:
         """A character has four bytes at most: what is older and no text will not become any."""

@@ -37,7 +37,14 @@ class Registry(Protocol):
     async def page(self, begin: int, limit: int) -> tuple[list[AdapterInfo], int | None]: ...
     async def describe(self, name: str) -> AdapterInfo: ...
     async def register(
-        self, name: str, src: str, *, preload: bool, pin: bool, options: Mapping[str, str] | None
+        self,
+        name: str,
+        src: str,
+        *,
+        preload: bool,
+        pin: bool,
+        options: Mapping[str, str] | None,
+        alias: str | None,
     ) -> str | None: ...
     async def update(
         self,
@@ -47,8 +54,9 @@ class Registry(Protocol):
         preload: bool | None,
         pin: bool | None,
         options: Mapping[str, str] | None,
+        alias: str | None,
     ) -> str | None: ...
-    async def delete(self, name: str) -> str | None: ...
+    async def delete(self, name: str, *, alias: str | None) -> str | None: ...
 
 
 class _Done(NamedTuple):
@@ -58,7 +66,8 @@ class _Done(NamedTuple):
     said: str | None
 
 
-_Action = Callable[[Registry, Parameters, str], Awaitable[Any]]
+_Action = Callable[[Registry, Parameters, str, str | None], Awaitable[Any]]
+"""Of an adapter's name, and what its client calls it."""
 
 
 class AdaptersApi:
@@ -93,22 +102,11 @@ class AdaptersApi:
         name = adapter or ""
         if action is _register:
             name = parameters.required("name")
-        return answer(await self._under_alias(request, name, action(registry, parameters, name)))
-
-    async def _under_alias(self, request: web.Request, name: str, work: Awaitable[Any]) -> Any:
-        """Do it, and let no message call the adapter otherwise than the client does."""
-        shown = request.headers.get(ALIAS_HEADER) or name
-        try:
-            found = await work
-        except LoramillError as error:
-            refused = refused_for(error)
-            if refused is None:
-                raise
-            raise Refused(refused.code, _renamed(refused.message, name, shown)) from error
-        if not isinstance(found, _Done):
-            return found
-        status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
-        return {"status": status}
+        alias = request.headers.get(ALIAS_HEADER) or None
+        if alias is not None and not alias.isprintable():
+            raise Refused(400, f"The header {ALIAS_HEADER} has something else than text")
+        work = action(registry, parameters, name, alias)
+        return answer(await _under_alias(name, alias or name, work))
 
 
 def is_ours(request: web.Request) -> bool:
@@ -132,6 +130,21 @@ def _route(segments: list[str]) -> tuple[str | None, str | None, dict[str, _Acti
             raise no_route()
 
 
+async def _under_alias(name: str, shown: str, work: Awaitable[Any]) -> Any:
+    """Do it, and let no message call the adapter otherwise than the client does."""
+    try:
+        found = await work
+    except LoramillError as error:
+        refused = refused_for(error)
+        if refused is None:
+            raise
+        raise Refused(refused.code, _renamed(refused.message, name, shown)) from error
+    if not isinstance(found, _Done):
+        return found
+    status = f"Adapter {shown} {found.verb}" if found.said is None else _renamed(found.said, name, shown)
+    return {"status": status}
+
+
 def _renamed(message: str, name: str, shown: str) -> str:
     if not name:
         return message
@@ -141,7 +154,7 @@ def _renamed(message: str, name: str, shown: str) -> str:
 # What can be done.
 
 
-async def _list(registry: Registry, parameters: Parameters, _: str) -> Any:
+async def _list(registry: Registry, parameters: Parameters, _: str, __: str | None) -> Any:
     limit = parameters.number("limit", MAX_PAGE, least=1, most=MAX_PAGE)
     begin = parameters.number("next_page_token", 0, least=0)
     parameters.end()
@@ -150,29 +163,31 @@ async def _list(registry: Registry, parameters: Parameters, _: str) -> Any:
     return page if following is None else {"nextPageToken": str(following), **page}
 
 
-async def _describe(registry: Registry, parameters: Parameters, name: str) -> Any:
+async def _describe(registry: Registry, parameters: Parameters, name: str, _: str | None) -> Any:
     parameters.end()
     return msgspec.to_builtins(await registry.describe(name))
 
 
-async def _register(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _register(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     src = parameters.required("src")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
     said = await registry.register(
-        name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest()
+        name, src, preload=preload is not False, pin=bool(pin), options=parameters.rest(), alias=alias
     )
     return _Done("registered", said)
 
 
-async def _update(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _update(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     src = parameters.take("src")
     if src == "":
         raise Refused(400, "The parameter src is empty")
     preload, pin = parameters.boolean("preload"), parameters.boolean("pin")
-    said = await registry.update(name, src=src, preload=preload, pin=pin, options=parameters.rest())
+    said = await registry.update(
+        name, src=src, preload=preload, pin=pin, options=parameters.rest(), alias=alias
+    )
     return _Done("updated", said)
 
 
-async def _delete(registry: Registry, parameters: Parameters, name: str) -> _Done:
+async def _delete(registry: Registry, parameters: Parameters, name: str, alias: str | None) -> _Done:
     parameters.end()
-    return _Done("unregistered", await registry.delete(name))
+    return _Done("unregistered", await registry.delete(name, alias=alias))

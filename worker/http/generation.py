@@ -2,18 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from worker.errors import InvalidMessage
 from worker.http.answers import Refused
-from worker.jobs import Failure, Row, RowResult
+from worker.jobs import Delta, Failure, OnDelta, Row, RowResult
 from worker.wire.calls import Asked, read_call, write_answer
 from worker.wire.checks import parse_object
-from worker.wire.openai_calls import read_openai_call, shape_of, write_openai_answer
+from worker.wire.openai_calls import (
+    read_openai_call,
+    read_streaming,
+    refuse_to_stream,
+    shape_of,
+    write_openai_answer,
+)
 from worker.wire.results import failure_in
+from worker.wire.streams import Events, Streamed
 
-Answering = Callable[[str, Sequence[Row], float], Awaitable[list[RowResult]]]
+Answering = Callable[[str, Sequence[Row], float, OnDelta | None], Awaitable[list[RowResult]]]
 """`RowRunner.answer`."""
 
 STATUSES = {
@@ -43,6 +51,17 @@ class Call(NamedTuple):
     """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
     is_plain: bool = False
     """Whether no model was named: then a body may name one."""
+
+
+class Reply(NamedTuple):
+    """What a call is answered with."""
+
+    content_type: str
+    pieces: AsyncGenerator[bytes] | None
+    """For one that is streamed; else it is in the body."""
+    body: bytes
+    outcomes: list[str]
+    """Of each row `completed` or its error's code; those of a stream are there when it has ended."""
 
 
 class CallLimits(NamedTuple):
@@ -77,19 +96,47 @@ class Generation:
         self.num_rows = 0
         """At work."""
 
-    async def answer(self, call: Call) -> tuple[bytes, list[str]]:
-        """JSON, and of each row `completed` or its error's code. Raises Refused and EngineFailed."""
+    async def answer(self, call: Call) -> Reply:
+        """Raises Refused and EngineFailed; so may the pieces of a stream, but for the first."""
         try:
             # Reading a large body takes a while, and others are to be answered.
             asked = await asyncio.to_thread(self._read, call)
         except InvalidMessage as error:
             raise Refused(400, _sentence(error)) from error
+        if asked.stream is not None:
+            outcomes: list[str] = []
+            pieces = self._stream(call, asked, asked.stream, outcomes)
+            return Reply(asked.stream.content_type, _after(await anext(pieces), pieces), b"", outcomes)
         results = await self._run(call, asked)
         failures = [failure_in(result) for result in results]
         if asked.is_single and failures[0] is not None:
             raise _refusal(failures[0], is_openai=asked.is_openai)
         body = await asyncio.to_thread(self._write, call, asked, results)
-        return body, [failure.code if failure else "completed" for failure in failures]
+        outcomes = [failure.code if failure else "completed" for failure in failures]
+        return Reply("application/json", None, body, outcomes)
+
+    async def _stream(
+        self, call: Call, asked: Asked, stream: Streamed, outcomes: list[str]
+    ) -> AsyncGenerator[bytes]:
+        """A row that fails before anything was said of it is Refused."""
+        said: asyncio.Queue[Delta | None] = asyncio.Queue()
+        work = asyncio.create_task(self._run(call, asked, said.put_nowait), name=f"call-{call.id}")
+        work.add_done_callback(lambda _: said.put_nowait(None))
+        has_begun = False
+        try:
+            while (delta := await said.get()) is not None:
+                if piece := stream.token(delta):
+                    has_begun = True
+                    yield piece
+            (result,) = await work
+            failure = failure_in(result)
+            if failure is not None and not has_begun:
+                raise _refusal(failure, is_openai=asked.is_openai)
+            outcomes.append(failure.code if failure else "completed")
+            yield stream.end(result)
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     def _read(self, call: Call) -> Asked:
         body, names = _body(call), self._base_models
@@ -105,10 +152,17 @@ class Generation:
         workflow, model = call.workflow, body.get("model")
         if isinstance(model, str) and (workflow is None or call.is_plain):
             workflow = model if self._is_workflow(model) else None
+        rest, streams, with_usage = read_streaming(body)
         row = read_openai_call(
-            body, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow
+            rest, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow
         )
-        return Asked((row,), is_single=True, is_openai=True)
+        if not streams:
+            return Asked((row,), is_single=True, is_openai=True)
+        refuse_to_stream(row)
+        stream = Events(
+            row, number=call.id, created=int(time.time()), base_model=names[0], with_usage=with_usage
+        )
+        return Asked((row,), is_single=True, is_openai=True, stream=stream)
 
     def _write(self, call: Call, asked: Asked, results: Sequence[RowResult]) -> bytes:
         if not asked.is_openai:
@@ -116,16 +170,24 @@ class Generation:
         created, base_model = int(time.time()), self._base_models[0]
         return write_openai_answer(results[0], call_id=call.id, created=created, base_model=base_model)
 
-    async def _run(self, call: Call, asked: Asked) -> list[RowResult]:
+    async def _run(self, call: Call, asked: Asked, on_delta: OnDelta | None = None) -> list[RowResult]:
         rows = len(asked.rows)
         if self.num_rows + rows > self._limits.max_rows:
             at_work = f"{self.num_rows} rows of calls are at work, and there may be {self._limits.max_rows}"
             raise Refused(503, f"The worker is busy: {at_work}", headers={"Retry-After": "1"})
         self.num_rows += rows
         try:
-            return await self._answering(call.id, asked.rows, self._limits.timeout_seconds)
+            return await self._answering(call.id, asked.rows, self._limits.timeout_seconds, on_delta)
         finally:
             self.num_rows -= rows
+
+
+async def _after(first: bytes, others: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """All of them; when nobody wants any more, `others` are told at once."""
+    async with aclosing(others):
+        yield first
+        async for piece in others:
+            yield piece
 
 
 def _body(call: Call) -> dict[str, Any]:

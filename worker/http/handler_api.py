@@ -19,16 +19,15 @@ from worker.errors import HandlerBusy, HandlerDied
 from worker.http.answers import Refused
 from worker.http.bodies import BODY_SECONDS, BROKEN, read_body, too_large, too_slow
 from worker.http.requests import while_there
+from worker.http.streaming import send_pieces
 
 logger = logging.getLogger(__name__)
 
-_WRITE_SECONDS = 30.0
-"""How long a client may take to read a piece of a stream."""
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
 _MODEL_HEADER = "x-amzn-sagemaker-target-model"
 _MOST_PARAMETERS = 1000
-_OURS_ALONE = frozenset({"handler", "batch_size"})
-"""Properties that say which function is called and with how many requests."""
+_OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
+"""Properties that say which function is called, with how many requests, and where."""
 _PRIVATE = frozenset({"authorization"})
 """Headers that are for the worker: its token is among them."""
 _FRAMING = frozenset({
@@ -149,24 +148,6 @@ def _response(found: Answer, body: bytes) -> web.Response:
 
 
 async def _streamed(request: web.Request, found: Answer) -> web.StreamResponse:
-    """Pass pieces on as they come. A stream that breaks off ends the connection, so that it is noticed.
-
-    So does a client that reads nothing for _WRITE_SECONDS: it would keep its place.
-    """
     assert found.pieces is not None
     response = web.StreamResponse(status=found.status, reason=_reason(found), headers=_headers(found))
-    await response.prepare(request)
-    try:
-        async for piece in found.pieces:
-            async with asyncio.timeout(_WRITE_SECONDS):
-                await response.write(piece)
-        async with asyncio.timeout(_WRITE_SECONDS):
-            await response.write_eof()
-    except ConnectionError:
-        pass  # the client has gone
-    except (HandlerDied, TimeoutError) as error:
-        reason = str(error) or f"its client read nothing for {_WRITE_SECONDS:g} s"
-        logger.warning("a stream broke off: %s", reason)
-        if request.transport is not None:
-            request.transport.abort()
-    return response
+    return await send_pieces(request, response, found.pieces)

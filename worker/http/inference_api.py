@@ -13,7 +13,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -25,6 +25,7 @@ from worker.http.handler_api import HandlerApi
 from worker.http.parameters import Parameters
 from worker.http.paths import decoded, segments_of
 from worker.http.requests import expect_method, expect_ready, no_route, while_there
+from worker.http.streaming import send_pieces
 from worker.metrics import Metrics
 from worker.wire.openai_calls import write_models
 from worker.wire.openai_rows import URLS
@@ -114,17 +115,14 @@ class InferenceApi:
         expect_method(request, "POST")
         if self.handler is not None:
             return await self._handled(request, model, shape, version, self.handler)
-        body, outcomes = await self._call(request, model, shape, version)
-        for outcome in outcomes:
-            self._metrics.http_rows.labels(outcome).inc()
-        return web.Response(body=body, content_type="application/json")
+        return await self._call(request, model, shape, version)
 
     async def _list(self) -> dict[str, Any]:
         return write_models(self._model, await self.adapters())
 
     async def _call(
         self, request: web.Request, name: str | None, shape: str | None, version: str | None
-    ) -> tuple[bytes, list[str]]:
+    ) -> web.StreamResponse:
         parameters = Parameters(request.rel_url.raw_query_string)
         if name is None and shape is None:
             name = parameters.take("model_name")
@@ -140,7 +138,16 @@ class InferenceApi:
         with self._at_work():
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
             call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape, is_plain)
-            return await while_there(request, generation.answer(call))
+            reply = await while_there(request, generation.answer(call))
+            try:
+                if reply.pieces is None:
+                    return web.Response(body=reply.body, content_type=reply.content_type)
+                response = web.StreamResponse(headers={"Content-Type": reply.content_type})
+                async with aclosing(reply.pieces):
+                    return await send_pieces(request, response, reply.pieces)
+            finally:
+                for outcome in reply.outcomes:
+                    self._metrics.http_rows.labels(outcome).inc()
 
     async def _handled(
         self,

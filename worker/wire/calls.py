@@ -3,17 +3,19 @@
 A mistake in the shape of the whole raises InvalidMessage; a mistake in one row becomes that row's failure.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from worker.errors import InvalidMessage
-from worker.jobs import Row, RowResult
+from worker.jobs import Row, RowResult, Task
 from worker.wire import rows
 from worker.wire.checks import read_task, show, unknown
 from worker.wire.results import ScoreLine, encode, failure_in, result_line
 from worker.wire.rows import read_rows
+from worker.wire.streams import Lines, Streamed
 
 FIELDS = rows.FIELDS | {"task", "stream"}
 
@@ -26,6 +28,8 @@ class Asked(msgspec.Struct, frozen=True):
     """Whether `inputs` was one text: then so is the answer."""
     is_openai: bool = False
     """Whether the body is one of OpenAI's API."""
+    stream: Streamed | None = None
+    """How the answer is spelled, where it is wanted piece by piece. Then it is to one row."""
 
 
 def read_call(
@@ -43,16 +47,29 @@ def read_call(
     stranger = unknown(body, FIELDS)
     if stranger is not None:
         raise InvalidMessage(f"field {stranger}")
-    if body.get("stream") is not None and body["stream"] is not False:
-        raise InvalidMessage(f"stream is {show(body['stream'])}; answers are not streamed: it must be false")
-    task = read_task(body.get("task"))
+    task, is_single = read_task(body.get("task")), isinstance(body.get("inputs"), str)
+    streams = read_stream(body)
+    if streams and (task is not Task.GENERATE or not is_single):
+        raise InvalidMessage("stream is true; that is for inputs of one text, to be gone on with")
     try:
         read = read_rows(
             body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models, workflow=workflow
         )
     except RecursionError as error:
         raise InvalidMessage("the body is nested too deeply") from error
-    return Asked(read, isinstance(body.get("inputs"), str))
+    if not streams:
+        return Asked(read, is_single)
+    (row,) = read
+    row = replace(row, params=replace(row.params, details=True))  # which a stream tells in any case
+    return Asked((row,), is_single, stream=Lines())
+
+
+def read_stream(body: Mapping[str, Any]) -> bool:
+    """Whether the answer is wanted piece by piece. Raises InvalidMessage."""
+    said = body.get("stream")
+    if said is not None and not isinstance(said, bool):
+        raise InvalidMessage(f"stream is {show(said)}; it must be true or false")
+    return bool(said)
 
 
 def write_answer(asked: Asked, results: Sequence[RowResult]) -> bytes:

@@ -3,8 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from worker.errors import InvalidLine
+from worker.errors import InvalidLine, InvalidMessage
 from worker.jobs import Given, Row, RowResult
+from worker.wire.calls import read_stream
 from worker.wire.checks import show
 from worker.wire.draft import Draft
 from worker.wire.lines import read_item
@@ -51,6 +52,31 @@ def read_openai_call(
         )
     item = {"custom_id": call_id, "method": "POST", "url": _URL_OF[shape], "body": said}
     return read_item(draft, item, "openai")
+
+
+def read_streaming(body: Mapping[str, Any]) -> tuple[dict[str, Any], bool, bool]:
+    """The body without what it says of streaming, whether it wants that, and whether with the usage.
+
+    Raises InvalidMessage.
+    """
+    rest = {name: value for name, value in body.items() if name not in {"stream", "stream_options"}}
+    streams, options = read_stream(body), body.get("stream_options")
+    if options is None:
+        return rest, streams, False
+    if not streams or not isinstance(options, dict) or options.keys() - {"include_usage"}:
+        raise InvalidMessage("stream_options must be an object with include_usage, where stream is true")
+    with_usage = options.get("include_usage")
+    if with_usage is not None and not isinstance(with_usage, bool):
+        raise InvalidMessage(f"include_usage is {show(with_usage)}; it must be true or false")
+    return rest, streams, bool(with_usage)
+
+
+def refuse_to_stream(row: Row) -> None:
+    """Raise InvalidMessage for a row that asks for what is not streamed."""
+    asked = {"logprobs": row.params.details, "echo": row.params.return_full_text}
+    for name, is_there in asked.items():
+        if is_there:
+            raise InvalidMessage(f"{name} is there, and stream is true; one of them can be served")
 
 
 def write_openai_answer(result: RowResult, *, call_id: str, created: int, base_model: str) -> bytes:

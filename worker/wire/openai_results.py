@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from worker.jobs import Failure, FinishReason, RowResult, TokenDetail
+from worker.jobs import Failure, FinishReason, Row, RowResult, TokenDetail
 from worker.wire.results import Counted, Usage, failure_in
 
 FINISH = {
@@ -73,23 +73,32 @@ def openai_line(result: RowResult, *, job_id: str, created: int, base_model: str
 
 def openai_answer(result: RowResult, *, number: str, created: int, base_model: str) -> Answer:
     """The body of a response, of the kind that was asked for. A native row with messages was a chat."""
-    row, usage = (
-        result.row,
-        Tokens(
-            result.prompt_tokens, result.completion_tokens, result.prompt_tokens + result.completion_tokens
-        ),
-    )
-    asked = None if row.origin is None else row.origin.model
-    chat = row.messages is not None
+    row, chat = result.row, result.row.messages is not None
     return Answer(
-        id=f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+        id=answer_id(row, number),
         object="chat.completion" if chat else "text_completion",
         created=created,
-        model=row.adapter or asked or base_model,
+        model=model_of(row, base_model),
         choices=(_chat_choice(result) if chat else _text_choice(result),),
-        usage=usage,
+        usage=tokens_of(result),
         system_fingerprint=result.adapter_version,
     )
+
+
+def answer_id(row: Row, number: str) -> str:
+    """What the body of its answer is called."""
+    return f"{'cmpl' if row.messages is None else 'chatcmpl'}-{number}"
+
+
+def model_of(row: Row, base_model: str) -> str:
+    """The model that an answer names: the adapter, else what was asked for, else the base model."""
+    return row.adapter or (None if row.origin is None else row.origin.model) or base_model
+
+
+def tokens_of(result: RowResult) -> Tokens:
+    """Its `usage`."""
+    read, written = result.prompt_tokens, result.completion_tokens
+    return Tokens(read, written, read + written)
 
 
 def count_openai(line: OpenAILine) -> Counted:

@@ -34,7 +34,7 @@ def read_parameters(given: Mapping[str, object]) -> SamplingParams:
     temperature of 0 is refused. `decoder_input_details` brings `details` with it whatever that says (TGI's
     rule again), and so does `top_n_tokens`.
     """
-    said = {name: value for name, value in given.items() if value is not None}
+    said = {_SPELLINGS.get(name, name): value for name, value in given.items() if value is not None}
     for name in said:
         if name not in _CHECKS:
             known = nearest(name, _CHECKS)
@@ -151,6 +151,8 @@ def _between(low: float, high: float) -> Callable[[str, object], float]:
     return _number(lambda value: low <= value <= high, f"a number from {low} to {high}")
 
 
+_top_k = _whole(-1, MAX_NEW_TOKENS)
+"""Of which -1 is off, too: vLLM's way to say it."""
 _token_id = _whole(0, MAX_TOKEN_ID)
 _share = _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 _penalty = _between(-MAX_OPENAI_PENALTY, MAX_OPENAI_PENALTY)
@@ -163,7 +165,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "temperature": _number(
         _is_temperature, f"0, or a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:.0f}"
     ),
-    "top_k": _whole(0, MAX_NEW_TOKENS),
+    "top_k": lambda name, value: max(0, _top_k(name, value)),
     "top_p": _share,
     "min_p": _between(0, 1),
     "typical_p": _share,
@@ -183,5 +185,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "decoder_input_details": _boolean,
     "return_full_text": _boolean,
 }
+_SPELLINGS = {"ignore_eos_token": "ignore_eos"}
+"""What DJL Serving calls one of them."""
 NAMES = frozenset(_CHECKS)
 """Every parameter that a row may carry."""

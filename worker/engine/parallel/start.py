@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from worker.child import child_command
 from worker.engine.base_model import BaseModel
 from worker.engine.kernels.tilings import Tuner
 from worker.engine.lora_plan import Costs
@@ -82,7 +82,7 @@ class _Ranks(Processes):
             self._channels.append(Channel(own, setup.step_seconds))
             self._processes.append(
                 subprocess.Popen(  # noqa: S603 (it is this program)
-                    [sys.executable, "-m", _MODULE, str(other.fileno()), str(life)],
+                    child_command(_MODULE, other.fileno(), life),
                     stdin=subprocess.DEVNULL,
                     stdout=_STDERR,
                     pass_fds=(other.fileno(), life),
