@@ -265,14 +265,6 @@ class Settings(SyncSettings, frozen=True, kw_only=True):
         bool,
         Meta(description="Run Python code that comes with the model.", extra={"option": "trust_remote_code"}),
     ] = False
-    custom_code: Annotated[
-        bool,
-        Meta(
-            description="Have the handler that comes with the model, ENTRY_POINT, answer requests and rows. "
-            "It runs in a process of its own, with the worker's rights. Options that the worker does not "
-            "know are the handler's."
-        ),
-    ] = False
     entry_point: Annotated[
         str | None,
         Meta(

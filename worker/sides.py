@@ -23,8 +23,9 @@ from worker.adapters.shelf import VersionShelf
 from worker.bridge import Bridge
 from worker.core import Core, build_core, flow_of
 from worker.custom.adapters import HandlerAdapters
+from worker.custom.formatters import Formatters
 from worker.custom.handler import CustomHandler
-from worker.custom.opening import find_entry_point, make_handler
+from worker.custom.opening import find_entry_point, make_handler, open_formatters, warn_of_code
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
 from worker.delivery.rows import RowRunner
@@ -33,13 +34,14 @@ from worker.engine.base_model import load_outline, resolve_device
 from worker.engine.discovery import foresee
 from worker.errors import LoramillError, SettingsError
 from worker.http.adapters_api import Registry
+from worker.http.formatting import BodyFormatting
 from worker.http.generation import CallLimits, Generation
 from worker.http.handler_api import HandlerApi
 from worker.http.inference_api import InferenceApi
 from worker.http.models_api import ModelsApi
 from worker.http.workflows_api import WorkflowsApi
 from worker.model_source import fetch_model_folder, fetch_weights, local_properties
-from worker.settings import Settings
+from worker.settings import Settings, handler_options
 from worker.stats import Exporter
 from worker.transport.store import S3Store
 from worker.transport.tree import MARKER
@@ -80,6 +82,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
     """The base model and its adapters, in the worker's own engine."""
     settings, objects = place.settings, place.objects
     weights = await fetch_weights(settings, objects, _logging_bytes())
+    formatters = await _formatters(place, stack, weights)
     if mirror is not None:
         # The first pass has to know what adapters must fit. It is at work while the weights are loaded.
         await asyncio.to_thread(_tell_mirrors_beforehand, settings, weights)
@@ -97,7 +100,7 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
             max_passed_over=settings.max_passed_over,
         )
     )
-    registered = await _registered(settings, bridge, place.owned)
+    registered = await _registered(settings, bridge, place.owned, formatters)
     place.chains.workflows = workflows = await _workflows(settings, registered, objects)
     if place.only_workflows and len(workflows.of_settings) == 1:
         (place.calls.plain,) = workflows.of_settings
@@ -115,16 +118,32 @@ async def engine_side(place: Place, stack: AsyncExitStack, mirror: Mirror | None
         flow_of(settings, core),
         own_tokenizer=core.tokenizers.of,
         workflow=workflows.find,
+        formatters=formatters,
     )
     if registered is not None:
         place.calls.adapters = registered.names
-    place.calls.generation = _generation(settings, rows, workflows)
+    formatting = None if formatters is None else BodyFormatting(formatters, adapters)
+    place.calls.generation = _generation(settings, rows, workflows, formatting)
 
     def export() -> None:
         place.exporter.store(core.store.stats())
         place.exporter.waiting(adapters.num_waiting, bridge.num_waiting_for_room)
+        if formatters is not None:
+            place.exporter.handler(formatters.num_restarts)
 
     return Side(rows, registered, bridge.wait, export)
+
+
+async def _formatters(place: Place, stack: AsyncExitStack, weights: str) -> Formatters | None:
+    """What rows go through beside the engine, ready."""
+    folder = None
+    if place.settings.custom_code:
+        folder = await fetch_model_folder(place.settings, place.objects, _logging_bytes())
+    opened = open_formatters(place.settings, folder, weights=weights, environ=os.environ)
+    formatters = await stack.enter_async_context(opened)
+    if formatters is not None:
+        place.owned.add(asyncio.create_task(formatters.wait(), name="formatters"))
+    return formatters
 
 
 @asynccontextmanager
@@ -143,7 +162,9 @@ async def custom_handler(
     if not settings.custom_code:
         return None
     folder = await fetch_model_folder(settings, objects, _logging_bytes())
-    entry_point = await asyncio.to_thread(find_entry_point, settings, folder)
+    text = properties if properties is not None else local_properties(settings)
+    function = handler_options(os.environ, text).get("handler", "handle")
+    entry_point = await asyncio.to_thread(find_entry_point, settings, folder, function)
     if entry_point is None or folder is None:
         return None
     device = await asyncio.to_thread(resolve_device, settings.device)
@@ -154,7 +175,7 @@ async def custom_handler(
         model_id=await fetch_weights(settings, objects, _logging_bytes()) if settings.model_id else None,
         device_id="-1" if device.type == "cpu" else str(device.index or 0),
         environ=os.environ,
-        properties=properties if properties is not None else local_properties(settings),
+        properties=text,
     )
 
 
@@ -201,7 +222,7 @@ async def open_mirror_of(settings: Settings) -> AsyncIterator[Mirror | None]:
     options = MirrorOptions(
         interval_seconds=settings.sync_interval_seconds,
         settle_seconds=settings.settle_seconds,
-        limits=Limits(rank=settings.max_lora_rank),
+        limits=Limits(rank=settings.max_lora_rank, code=settings.custom_code),
     )
     opened = open_mirror(
         settings.mirror_uri, settings.adapters_path, options, settings.adapters_events_queue_url
@@ -215,14 +236,17 @@ def _mirroring(mirror: Mirror, metrics: SyncMetrics, stop: asyncio.Event) -> asy
 
 
 async def _registered(
-    settings: Settings, bridge: Bridge, owned: set[asyncio.Task[None]]
+    settings: Settings, bridge: Bridge, owned: set[asyncio.Task[None]], formatters: Formatters | None
 ) -> AdapterRegistry | None:
     """What was registered over HTTP, loaded again; None when no adapters are served."""
     folder, place = settings.adapters_path, settings.registered_path
     if not settings.lora_enabled or folder is None or place is None:
         return None
-    shelf = VersionShelf(place, mirrored=folder, limits=Limits(rank=settings.max_lora_rank))
-    registry = AdapterRegistry(folder, shelf, bridge)
+    limits = Limits(rank=settings.max_lora_rank, code=formatters is not None)
+    shelf = VersionShelf(place, mirrored=folder, limits=limits)
+    if formatters is None:
+        await asyncio.to_thread(warn_of_code, folder)
+    registry = AdapterRegistry(folder, shelf, bridge, formatters)
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry
@@ -246,10 +270,12 @@ async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store
     return workflows
 
 
-def _generation(settings: Settings, rows: RowRunner, workflows: Workflows) -> Generation:
+def _generation(
+    settings: Settings, rows: RowRunner, workflows: Workflows, formatting: BodyFormatting | None
+) -> Generation:
     """The base model and its adapters, as what can be called."""
     limits = CallLimits(settings.http_max_rows, settings.http_timeout_seconds)
-    return Generation(rows.answer, limits, settings.model_names, workflows.knows)
+    return Generation(rows.answer, limits, settings.model_names, workflows.knows, formatting)
 
 
 def _tell_mirrors_beforehand(settings: Settings, weights: str) -> None:

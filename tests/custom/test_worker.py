@@ -235,7 +235,7 @@ def test_the_handler_of_the_readme_answers_as_it_says(serve, mill, tmp_path: Pat
     folder = tmp_path / "shout"
     folder.mkdir()
     (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "djl_python" in block
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def handle" in block
     ]
     (folder / "model.py").write_text(code)
     shell = next(

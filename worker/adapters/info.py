@@ -8,6 +8,7 @@ from adapters_sync.layout import AdapterFolder
 from worker.adapters.folder_view import Ranks
 from worker.adapters.registrations import Registration
 from worker.adapters.residents import Loader, key_of
+from worker.custom.formatters import Code
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,10 +32,11 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Teller:
-    """Asks `loader` about adapters in memory, and the files about the rest."""
+    """Asks `loader` about adapters in memory, and the files about the rest; `code` has notes of its own."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, code: Code) -> None:
         self._loader = loader
+        self._code = code
         self._ranks = Ranks()
 
     async def tell(
@@ -45,6 +47,8 @@ class Teller:
         rank = None if details is None else details.rank
         if rank is None and folder is not None:
             rank = await asyncio.to_thread(self._ranks.of, folder)
+        if note is None and folder is not None:
+            note = await asyncio.to_thread(self._code.note, folder)
         return AdapterInfo(
             name=said.name,
             src=src,
