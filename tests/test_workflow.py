@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidWorkflow
-from worker.workflows.definition import MAX_BYTES, MAX_CALLS, Call, ModelSource, from_template, read_workflow
+from worker.workflows.definition import (
+    MAX_BYTES,
+    MAX_CALLS,
+    ModelSource,
+    WorkflowCall,
+    from_template,
+    read_workflow,
+)
 
 DJL = {
     "name": "adapter1",
@@ -44,7 +51,7 @@ def test_djl_s_own_example():
     assert (workflow.name, workflow.version) == ("adapter1", "0.1")
     assert workflow.models == {"m": ModelSource("src/test/resources/adaptecho")}
     assert workflow.adapters["a1"].options == {"echooption": "weo"}
-    assert workflow.calls == (Call("out", "in", "a1"),)
+    assert workflow.calls == (WorkflowCall("out", "in", "a1"),)
     assert workflow.adapter_name("a1") == "adapter1.a1"
 
 
@@ -207,7 +214,7 @@ def test_the_template_is_djl_s_and_quotes_what_it_is_given():
     assert workflow.version == "0.1"
     assert workflow.models["m"].url == model
     assert workflow.adapters[name].src == url
-    assert workflow.calls == (Call("out", "in", name),)
+    assert workflow.calls == (WorkflowCall("out", "in", name),)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class AdapterSource(msgspec.Struct, frozen=True):
     pin: bool = False
 
 
-class Call(msgspec.Struct, frozen=True):
+class WorkflowCall(msgspec.Struct, frozen=True):
     """The model is asked for `value`, given the text of `argument`."""
 
     value: str
@@ -64,7 +64,7 @@ class Workflow(msgspec.Struct, frozen=True):
     version: str
     models: dict[str, ModelSource]
     adapters: dict[str, AdapterSource]
-    calls: tuple[Call, ...]
+    calls: tuple[WorkflowCall, ...]
     """Those that `out` needs, each after what it needs; the last one's value is `out`."""
 
     def adapter_name(self, key: str) -> str:
@@ -135,10 +135,10 @@ class _Order:
         self._values = values
         self._models = models
         self._adapters = adapters
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, WorkflowCall] = {}
         self._under_way: list[str] = []
 
-    def calls(self) -> Iterator[Call]:
+    def calls(self) -> Iterator[WorkflowCall]:
         if OUT not in self._values:
             raise InvalidWorkflow(f"workflow.{OUT} is missing; it is the answer")
         if IN in self._values:
@@ -195,7 +195,7 @@ class _Order:
         else:
             known = ", ".join([ADAPTER, *self._models])
             raise InvalidWorkflow(f"{where} applies {show(function)}, which is none of {known}")
-        self._calls[name] = Call(name, self._argument(name, arguments[-1]), adapter)
+        self._calls[name] = WorkflowCall(name, self._argument(name, arguments[-1]), adapter)
         self._calls[name] = self._calls.pop(name)  # behind what it needs
 
     def _argument(self, name: str, said: object) -> str:
