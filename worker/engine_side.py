@@ -17,15 +17,12 @@ from worker.core import Core, build_core, flow_of
 from worker.custom.formatters import Formatters
 from worker.custom.opening import find_entry_point, open_formatters, warn_of_code
 from worker.delivery.rows import RowRunner
-from worker.errors import LoramillError
 from worker.http.formatting import BodyFormatting
 from worker.http.generation import CallLimits, Generation
 from worker.model_source import fetch_model_folder, fetch_weights, logging_bytes
 from worker.own_mirror import follow
 from worker.settings import Settings
 from worker.tell_mirrors import tell_mirrors, tell_mirrors_beforehand
-from worker.transport.store import S3Store
-from worker.workflows.files import fetch_workflow
 from worker.workflows.registry import Workflows
 
 
@@ -52,10 +49,7 @@ async def engine_side(foundation: Foundation, stack: AsyncExitStack, mirror: Mir
         )
     )
     registered = await _registered(settings, bridge, foundation.owned, formatters)
-    foundation.workflows_api.workflows = workflows = await _workflows(settings, registered, objects)
-    if foundation.only_workflows and len(workflows.of_settings) == 1:
-        (foundation.calls.plain,) = workflows.of_settings
-    foundation.calls.workflows = foundation.models.workflows = workflows
+    workflows = await foundation.open_workflows(registered)
     adapters = AdapterDirectory(
         settings.adapters_path if settings.lora_enabled else None,
         settings.adapter_wait_seconds,
@@ -121,24 +115,6 @@ async def _registered(
     await registry.start()
     owned.add(asyncio.create_task(registry.run(), name="registry"))
     return registry
-
-
-async def _workflows(settings: Settings, adapters: AdapterRegistry | None, store: S3Store) -> Workflows:
-    """Those that were registered before, and those of the settings.
-
-    Raises LoramillError for one of the settings that cannot be served.
-    """
-    urls = {url for url in (settings.model, settings.model_id) if url is not None}
-    place = settings.registered_path
-    folder = None if place is None else place.parent / "workflows"
-    workflows = Workflows(adapters, urls, settings.model_names, folder)
-    await workflows.start()
-    for url in settings.workflows:
-        try:
-            await workflows.serve(await fetch_workflow(url, store))
-        except LoramillError as error:
-            raise LoramillError(f"workflows: {url}: {error}") from error
-    return workflows
 
 
 def _generation(

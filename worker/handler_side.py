@@ -14,7 +14,6 @@ from worker.custom.opening import find_entry_point, make_handler
 from worker.custom.rows import HandlerRows
 from worker.delivery.flow import FlowControl
 from worker.engine.base_model import resolve_device
-from worker.errors import SettingsError
 from worker.http.handler_api import HandlerApi
 from worker.model_source import fetch_model_folder, fetch_weights, local_properties, logging_bytes
 from worker.own_mirror import follow
@@ -52,9 +51,6 @@ async def handler_side(
 ) -> Answerer:
     """A custom handler in the engine's foundation."""
     settings = foundation.settings
-    if settings.workflows:
-        raise SettingsError(["workflows: a custom handler answers, and has none; leave it unset"])
-    foundation.workflows_api.refusal = "A custom handler answers, and has no workflows"
     if mirror is not None:
         foundation.owned.add(follow(mirror, foundation.registry))
 
@@ -74,6 +70,7 @@ async def handler_side(
         max_tokens=settings.in_flight_rows,  # no row of a handler's counts any
         max_bytes=settings.max_in_flight_bytes,
     )
-    rows = HandlerRows(custom, adapters, flow)
+    workflows = await foundation.open_workflows(adapters, bare=True)
+    rows = HandlerRows(custom, adapters, flow, workflow=workflows.find)
     foundation.calls.handler = HandlerApi(custom, settings.http_max_body_bytes)
     return Answerer(rows, adapters, custom.wait, lambda: foundation.exporter.handler(custom.num_restarts))

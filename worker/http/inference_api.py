@@ -160,11 +160,12 @@ class InferenceApi:
         expect_ready(self._not_ready(), handler)
         if shape is not None:
             raise no_route()
-        if name not in {None, self._model}:
-            raise Refused(404, f"The model {name} was not found")
-        self._expect_model(None, version)
+        workflow = self.plain if name is None else None if name == self._model else name
+        self._expect_model(workflow, version)
         with self._at_work():
-            return await handler.answer(request)
+            if workflow is None or self.workflows is None:
+                return await handler.answer(request)
+            return await handler.answer(request, self.workflows.describe(workflow))
 
     def _expect_model(self, workflow: str | None, version: str | None) -> None:
         """Raises Refused, and UnknownWorkflow, for one that is not there. The model itself has no version."""

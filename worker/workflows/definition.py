@@ -66,10 +66,12 @@ class Workflow(msgspec.Struct, frozen=True):
     adapters: dict[str, AdapterSource]
     calls: tuple[WorkflowCall, ...]
     """Those that `out` needs, each after what it needs; the last one's value is `out`."""
+    bare: bool = False
+    """Whether its adapters are known by their keys alone, as a custom handler is told of them."""
 
     def adapter_name(self, key: str) -> str:
         """What the adapter of this key is registered as: other workflows may have the same key."""
-        return f"{self.name}.{key}"
+        return key if self.bare else f"{self.name}.{key}"
 
 
 def read_workflow(content: bytes, folder: str | None = None) -> Workflow:

@@ -6,16 +6,15 @@ version are. One that names another model is refused, since its rows would be an
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from worker.adapters.places import path_of_url
 from worker.adapters.registrations import replace_file
-from worker.adapters.registry import AdapterRegistry
 from worker.errors import (
     AdapterTaken,
     InvalidWorkflow,
@@ -37,20 +36,44 @@ class _Failed(NamedTuple):
     """None if even that cannot be read."""
 
 
+class Adapters(Protocol):
+    """Where a workflow's adapters are registered: see AdapterRegistry, HandlerAdapters."""
+
+    async def names(self) -> list[str]: ...
+    async def source_of(self, name: str) -> str | None: ...
+    async def register(
+        self, name: str, src: str, *, preload: bool, pin: bool, options: Mapping[str, str] | None
+    ) -> object: ...
+    async def update(
+        self,
+        name: str,
+        *,
+        src: str | None,
+        preload: bool | None,
+        pin: bool | None,
+        options: Mapping[str, str] | None,
+    ) -> object: ...
+    async def delete(self, name: str) -> object: ...
+
+
 class Workflows:
     """Use it from one event loop. A workflow is registered whole, with all its adapters, or not at all."""
 
     def __init__(
         self,
-        adapters: AdapterRegistry | None,
+        adapters: Adapters | None,
         urls: Collection[str],
         reserved: Collection[str],
         folder: Path | None,
+        *,
+        bare: bool = False,
     ) -> None:
         """`urls` are the places of the worker's model, `reserved` names that no workflow may have.
 
-        `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart.
+        `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart. `bare`
+        has adapters known by their keys alone.
         """
+        self._bare = bare
         self._adapters = adapters
         self._urls = {canonical(url) for url in urls}
         self._reserved = frozenset(reserved)
@@ -96,7 +119,7 @@ class Workflows:
             try:
                 if workflow is None:
                     raise InvalidWorkflow(f"{path} cannot be read")
-                await self._register(workflow)
+                await self._register(self._named(workflow))
             except LoramillError as error:
                 self._failed[path.stem] = _Failed(str(error), workflow)
                 logger.error(  # noqa: TRY400 (what it was is in the message)
@@ -110,10 +133,13 @@ class Workflows:
         Raises RegistrationError or RowError, and then nothing is registered; AdapterTaken when something has
         the name.
         """
+        workflow = self._named(workflow)
         async with self._changing:
             if workflow.name in self._workflows or workflow.name in self._reserved:
                 raise AdapterTaken(f"The workflow {workflow.name} is registered already")
-            if self._adapters is not None and workflow.name in await self._adapters.names():
+            # No handler is asked by OpenAI's model.
+            others = [] if self._adapters is None or self._bare else await self._adapters.names()
+            if workflow.name in others:
                 raise AdapterTaken(f"An adapter is called {workflow.name}; OpenAI's model may name either")
             fresh = await self._register_adapters(workflow, owned=workflow.name in self._failed)
             try:
@@ -126,6 +152,7 @@ class Workflows:
     async def serve(self, workflow: Workflow) -> None:
         """As `register`, for one of the settings: another that has the name goes first."""
         self.of_settings.add(workflow.name)
+        workflow = self._named(workflow)
         if self._workflows.get(workflow.name) == workflow:
             return
         if workflow.name in self._workflows:
@@ -155,6 +182,9 @@ class Workflows:
         async with self._changing:
             await self._register_adapters(workflow, owned=True)
             self._take(workflow)
+
+    def _named(self, workflow: Workflow) -> Workflow:
+        return msgspec.structs.replace(workflow, bare=self._bare)
 
     def _take(self, workflow: Workflow) -> None:
         self._failed.pop(workflow.name, None)
