@@ -66,6 +66,8 @@ _ADAPTERS_FLAGS = ("adapters_dir", "model", "adapters_uri", "cache_dir", "http_t
 def _setting(name: str) -> Any:
     """The flag of a setting. It takes text: the reader checks all settings together."""
     info = _INFO[name]
+    if info.kind is bool:
+        return typer.Option(f"{info.flag}/--no-{info.flag.removeprefix('--')}", help=info.help)
     return typer.Option(
         info.flag, help=info.help, metavar="|".join(info.allowed) or info.kind.__name__.upper()
     )
@@ -100,6 +102,7 @@ def build_app(known: Collection[str] = ()) -> typer.Typer:
         sync_interval_seconds: Annotated[_Text, _setting("sync_interval_seconds")] = None,
         settle_seconds: Annotated[_Text, _setting("settle_seconds")] = None,
         adapters_events_queue_url: Annotated[_Text, _setting("adapters_events_queue_url")] = None,
+        custom_code: Annotated[bool | None, _setting("custom_code")] = None,
         version_grace_seconds: Annotated[_Text, _setting("version_grace_seconds")] = None,
         max_adapter_bytes: Annotated[_Text, _setting("max_adapter_bytes")] = None,
         max_adapters_disk_bytes: Annotated[_Text, _setting("max_adapters_disk_bytes")] = None,
@@ -218,7 +221,11 @@ def _where(settings: SyncCommandSettings) -> tuple[str, Path]:
 
 
 def _options(settings: SyncCommandSettings, allow_empty: bool) -> MirrorOptions:
-    limits = Limits(adapter_bytes=settings.max_adapter_bytes, disk_bytes=settings.max_adapters_disk_bytes)
+    limits = Limits(
+        adapter_bytes=settings.max_adapter_bytes,
+        disk_bytes=settings.max_adapters_disk_bytes,
+        code=settings.custom_code,
+    )
     return MirrorOptions(
         interval_seconds=settings.sync_interval_seconds,
         settle_seconds=settings.settle_seconds,

@@ -102,7 +102,8 @@ def _success_is_newest(adapter: RemoteAdapter) -> bool:
 
 def _difference(adapter: RemoteAdapter, manifest: UploadManifest) -> str | None:
     """The first way in which listing and manifest disagree about the files that are carried, or None."""
-    declared = {file.name: file.size for file in manifest.files if is_carried(file.name)}
+    code = adapter.with_code
+    declared = {file.name: file.size for file in manifest.files if is_carried(file.name, code=code)}
     listed = {file.path: file.size for file in adapter.files}
     for path in sorted(declared.keys() | listed.keys()):
         if path not in listed:

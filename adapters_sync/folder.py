@@ -52,7 +52,7 @@ def check_folder(path: Path, *, max_rank: int | None = None, base: BaseModel | N
     the safetensors headers.
     """
     limits = [max_rank, base.max_lora_rank if base is not None else None, MAX_RANK]
-    files = carried_files(path)
+    files = carried_files(path, code=True)
     for name in REQUIRED_FILES:
         if name not in files:
             raise InvalidAdapter(_why_missing(path, name))
@@ -71,11 +71,12 @@ def check_folder(path: Path, *, max_rank: int | None = None, base: BaseModel | N
     )
 
 
-def carried_files(path: Path) -> dict[str, os.stat_result]:
+def carried_files(path: Path, *, code: bool = False) -> dict[str, os.stat_result]:
     """The files of a folder that belong to the adapter: status by relative path, sorted by path.
 
     Only regular files: a link is no part of an adapter, since it may lead out of the folder or change
-    behind its back. The manifests of push and mirror and files that are not carried are left out.
+    behind its back. The manifests of push and mirror and files that are not carried are left out; `code` is
+    whether `model.py` is carried.
     """
     files = {}
     folders = [""]
@@ -86,7 +87,7 @@ def carried_files(path: Path) -> dict[str, os.stat_result]:
                 relative = f"{folder}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{relative}/")
-                elif entry.is_file(follow_symlinks=False) and is_carried(relative):
+                elif entry.is_file(follow_symlinks=False) and is_carried(relative, code=code):
                     files[relative] = entry.stat(follow_symlinks=False)
     return dict(sorted(files.items()))
 

@@ -29,6 +29,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int = 256 << 20
     """What must stay free on the volume."""
     rank: int | None = None
+    code: bool = False
+    """Whether an adapter's own `model.py` is carried."""
 
 
 class RemoteFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +55,8 @@ class RemoteAdapter(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     manifest: RemoteFile | None = None
     success: RemoteFile | None = None
     skipped: tuple[str, ...] = ()
+    with_code: bool = False
+    """Whether its `model.py`, if it has one, is carried."""
     fault: str | None = None
     """Why the adapter is refused without a look at its content."""
 
@@ -115,7 +119,7 @@ class _Draft:
             self.fault = self.fault or fault
         elif file.path in MARKERS:
             self.markers[file.path] = file
-        elif why_skipped(file.path):
+        elif why_skipped(file.path, code=self.limits.code):
             self.skipped.append(file.path)
         else:
             self.files.append(file)
@@ -127,6 +131,7 @@ class _Draft:
             manifest=self.markers.get(UPLOAD_MANIFEST),
             success=self.markers.get(SUCCESS_MARKER),
             skipped=tuple(sorted(self.skipped)),
+            with_code=self.limits.code,
         )
         fault = self.fault or clash(file.path for file in adapter.files) or self._over_limit(adapter)
         return msgspec.structs.replace(adapter, fault=fault)

@@ -32,11 +32,13 @@ from adapters_sync.base_model import BaseModel, write_base_model
 from adapters_sync.errors import InvalidAdapter
 from adapters_sync.folder import AdapterSummary, carried_files, check_folder
 from adapters_sync.hold import Hold, hold
-from adapters_sync.names import CONFIG_FILE, is_adapter_name
+from adapters_sync.manifests import PublishedManifest
+from adapters_sync.names import CONFIG_FILE, MODEL_PY, PUBLISHED_MANIFEST, is_adapter_name
 from adapters_sync.paths import AdapterFolder, MirrorPaths, is_version
 from adapters_sync.state import AdapterState, AdapterStatus, MirrorState, read_state
 
 __all__ = [
+    "MODEL_PY",
     "AdapterFolder",
     "AdapterState",
     "AdapterStatus",
@@ -51,6 +53,7 @@ __all__ = [
     "hold",
     "is_adapter_name",
     "is_version",
+    "left_out_code",
     "read_state",
     "resolve",
     "scan",
@@ -66,8 +69,9 @@ def resolve(adapters_dir: Path, name: str) -> AdapterFolder | None:
 
     One readlink, so that whoever keeps the answer reads one version. None for a name against the rules, for
     a folder without adapter_config.json, and for a link that leads anywhere but to a version of this name.
-    The version of a plain folder is the sha256 over the sorted (relative path, sha256) of its files; file
-    digests are remembered, so asking again costs a stat per file. Blocking; safe from any thread.
+    The version of a plain folder is the sha256 over the sorted (relative path, sha256) of its files, its
+    `model.py` too; file digests are remembered, so asking again costs a stat per file. Blocking; safe from
+    any thread.
     """
     if not is_adapter_name(name):
         return None
@@ -94,8 +98,17 @@ def scan(adapters_dir: Path) -> list[AdapterFolder]:
     return [folder for name in names if (folder := resolve(adapters_dir, name)) is not None]
 
 
+def left_out_code(folder: AdapterFolder) -> bool:
+    """Whether a `model.py` lay with an adapter and is not in this version of it. Blocking."""
+    try:
+        manifest = (folder.path / PUBLISHED_MANIFEST).read_bytes()
+        return msgspec.json.decode(manifest, type=PublishedManifest).left_out_code
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False  # a plain folder, or one that is gone
+
+
 def _content_version(path: Path) -> str:
-    return content_version(path, carried_files(path))
+    return content_version(path, carried_files(path, code=True))
 
 
 def content_version(path: Path, files: Mapping[str, os.stat_result]) -> str:

@@ -50,6 +50,8 @@ class PublishedManifest(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     bytes: int
     files: tuple[PublishedFile, ...]
+    left_out_code: bool = False
+    """Whether a `model.py` lay there too, and was not carried."""
 
     def file(self, name: str) -> PublishedFile | None:
         return next((file for file in self.files if file.name == name), None)

@@ -4,7 +4,7 @@ Three different answers:
   * a bad adapter name or a bad key is refused, and with it the adapter that owns it: such keys are made by
     mistake or on purpose to land elsewhere, and neither is a reason to guess;
   * a file that the mirror does not carry (pickles, code, pictures) is skipped and reported; the adapter is
-    fine without it;
+    fine without it. Of code, an adapter's `model.py` is carried to workers that run it;
   * the rest is carried.
 """
 
@@ -21,6 +21,8 @@ REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 UPLOAD_MANIFEST = "_manifest.json"
 """What `loramill push` uploads last."""
 SUCCESS_MARKER = "_SUCCESS"
+MODEL_PY = "model.py"
+"""An adapter's own code."""
 PUBLISHED_MANIFEST = "manifest.json"
 """What the mirror writes into every version; an adapter cannot bring a file of this name."""
 MARKERS = frozenset({UPLOAD_MANIFEST, SUCCESS_MARKER})
@@ -79,8 +81,10 @@ def _fault_in_segment(segment: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def why_skipped(path: str) -> str | None:
-    """Why a file with an acceptable path is not carried, or None when it is."""
+def why_skipped(path: str, *, code: bool = False) -> str | None:
+    """Why a file with an acceptable path is not carried, or None when it is. `code` says if MODEL_PY is."""
+    if path == MODEL_PY:
+        return None if code else "code is carried where custom_code is on"
     name = path.rpartition("/")[2]
     stem, dot, extension = name.lower().rpartition(".")
     suffix = dot + extension if stem else ""
@@ -95,9 +99,9 @@ def why_skipped(path: str) -> str | None:
     return "not a configuration, safetensors, tokenizer or text file"
 
 
-def is_carried(path: str) -> bool:
-    """True for the path of a file that is part of an adapter's content."""
-    return path not in MARKERS and fault_in_path(path) is None and why_skipped(path) is None
+def is_carried(path: str, *, code: bool = False) -> bool:
+    """True for the path of a file that is part of an adapter's content; `code` as for `why_skipped`."""
+    return path not in MARKERS and fault_in_path(path) is None and why_skipped(path, code=code) is None
 
 
 def folded(text: str) -> str:

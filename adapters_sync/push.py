@@ -23,7 +23,8 @@ from adapters_sync.tasks import all_done, in_thread
 from adapters_sync.uris import S3Prefix, parse_push_target
 
 FILES_AT_ONCE = 4
-_DEFAULT_LIMITS = Limits()
+_DEFAULT_LIMITS = Limits(code=True)
+"""Code is sent, whoever carries it then."""
 
 
 class Parcel(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +45,7 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pushed(msgspec.Struct, frozen=True, kw_only=True):
-    """What is in S3 now. `version` is the one that mirrors will give it."""
+    """What is in S3 now. `version` is what mirrors will call it, those that carry code if it has any."""
 
     name: str
     version: str
@@ -68,7 +69,7 @@ def pack(directory: Path, uri: str, limits: Limits = _DEFAULT_LIMITS) -> Parcel:
         raise SettingsError([f"{directory} is not a folder"])
     prefix, name = parse_push_target(uri, directory.resolve().name)
     check_folder(directory, max_rank=limits.rank)
-    sizes = {path: status.st_size for path, status in carried_files(directory).items()}
+    sizes = {path: status.st_size for path, status in carried_files(directory, code=True).items()}
     objects = [
         RemoteFile(path=f"{name}/{path}", size=size, etag="", modified=0) for path, size in sizes.items()
     ]
@@ -108,7 +109,7 @@ async def send(parcel: Parcel, progress: Callable[[str, int], None] = _ignore) -
         await _put_manifest(remote, UploadManifest(finished=False))
         files = await all_done(one(path, size) for path, size in parcel.sizes.items())
         for old in await remote.list():
-            if is_carried(old.path) and old.path not in parcel.sizes:
+            if is_carried(old.path, code=True) and old.path not in parcel.sizes:
                 await remote.delete(old.path)
         manifest = UploadManifest(files=tuple(files))
         await _put_manifest(remote, manifest)

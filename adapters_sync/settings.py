@@ -342,6 +342,15 @@ class SyncSettings(msgspec.Struct, frozen=True, kw_only=True):
             extra={"expected": QUEUE_URL_EXPECTED},
         ),
     ] = None
+    custom_code: Annotated[
+        bool,
+        Meta(
+            description="Run Python code that comes with the model or with adapters, in a process of its own "
+            "with the worker's rights: the handler ENTRY_POINT, which answers requests and rows, or else "
+            "input and output formatters. A mirror carries an adapter's model.py only then. Options that the "
+            "worker does not know are the handler's."
+        ),
+    ] = False
     log_format: Annotated[
         Literal["auto", "text", "json"],
         Meta(description="Log lines for people or for machines; auto is text on a terminal, else json."),

@@ -17,7 +17,7 @@ from adapters_sync.folder import AdapterSummary, check_folder
 from adapters_sync.inventory import Limits, RemoteAdapter, RemoteFile
 from adapters_sync.layout import MirrorPaths
 from adapters_sync.manifests import PublishedFile, PublishedManifest, UploadManifest
-from adapters_sync.names import UPLOAD_MANIFEST
+from adapters_sync.names import MODEL_PY, UPLOAD_MANIFEST
 from adapters_sync.remote import Remote
 from adapters_sync.report import FailureKind, Trouble
 from adapters_sync.room import Claim, Room
@@ -175,6 +175,7 @@ class Workshop:
             rank=summary.rank,
             bytes=summary.bytes,
             files=files,
+            left_out_code=MODEL_PY in adapter.skipped,
         )
 
     def _previous(self, name: str, before: OnDisk | None) -> Previous | None:

@@ -104,6 +104,8 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     """What rows are put through."""
     base_models: Collection[str] | None = None
     """Names of the base model; None where they are not known: then whatever can be no adapter's is one."""
+    keeps_raw: bool = False
+    """Whether native rows are kept as they were sent, too."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +120,14 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's `body.model`, as it was written."""
     body: bytes = b""
     """Bedrock's `modelInput`, as JSON."""
+
+
+class Raw(msgspec.Struct, frozen=True):
+    """A native row as it was sent, for an input formatter; it may be one that cannot be read without."""
+
+    item: dict[str, Any]
+    parameters: object = None
+    """Those of the job, which the row's own win over."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +155,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Generate as long as `max_model_len` allows, whatever `params.max_new_tokens` says."""
     origin: Origin | None = None
     """None is a native row."""
+    raw: Raw | None = None
+    """Kept where formatters may be for the row. With `failure`, it may become a row all the same."""
     failure: Failure | None = None
 
 
@@ -308,4 +320,6 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens of the prompt, when the row asked for `prompt_log_probs`."""
     score: Score | None = None
     """Set when the row's task was that, and it did not fail."""
+    response: dict[str, Any] | None = None
+    """What an output formatter made of it; then `text` is its `generated_text`, or all of it as JSON."""
     failure: Failure | None = None

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from tests.glue.support import echo
 from worker.errors import InvalidMessage, ModelNotFound, RowFailed
-from worker.jobs import ChatMessage, Delivery, Part, Row, RowResult, SamplingParams, Source, Task
+from worker.jobs import ChatMessage, Delivery, Part, Raw, Row, RowResult, SamplingParams, Source, Task
 from worker.wire import decode
 from worker.wire.checks import failure_of
 from worker.wire.source import encode_part
@@ -43,6 +43,25 @@ def run(steps: dict[str, object], row: Row, bad: str = "") -> tuple[RowResult, M
 
 
 CHAIN = {"first": ["adapter", "a", "in"], "out": ["adapter", "b", ["m", "first"]]}
+
+
+def test_formatters_are_asked_by_each_call_and_a_row_may_need_the_first_one_to_be_read():
+    unread = failure_of(RowFailed("no input"))
+    raw = Raw({"question": "hi", "messages": [], "id": "x"}, {"details": True})
+    row = Row(index=0, id="x", workflow="w", raw=raw, failure=unread)
+    params = SamplingParams(max_new_tokens=5)
+    asked = []
+
+    async def model(step):
+        asked.append(step)
+        return RowResult(row=replace(step, failure=None, params=params), text=f"to {step.adapter}")
+
+    result = asyncio.run(run_chain(workflow(CHAIN), row, model))
+    first, second = asked
+    assert (first.raw, first.failure) == (raw, unread)
+    assert second.raw == Raw({"inputs": "to a", "question": "hi", "id": "x"}, {"details": True})
+    assert (second.text, second.failure, second.params) == ("to a", None, params)
+    assert result.text == "to b"
 
 
 def test_each_call_is_asked_what_the_one_before_said():

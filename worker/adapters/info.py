@@ -8,6 +8,7 @@ from adapters_sync.layout import AdapterFolder
 from worker.adapters.folder_view import Checks
 from worker.adapters.registrations import Registration
 from worker.adapters.residents import Loader, key_of
+from worker.custom.formatters import Code
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,10 +32,11 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Teller:
-    """Asks `loader` about adapters in memory, and the files about the rest."""
+    """Asks `loader` about adapters in memory, and the files about the rest; `code` has notes of its own."""
 
-    def __init__(self, loader: Loader, max_rank: int | None = None) -> None:
+    def __init__(self, loader: Loader, code: Code, max_rank: int | None = None) -> None:
         self._loader = loader
+        self._code = code
         self._checks = Checks(max_rank)
 
     async def tell(
@@ -45,6 +47,8 @@ class Teller:
         rank, fault = (None if details is None else details.rank), None
         if rank is None and folder is not None:
             rank, fault = await asyncio.to_thread(self._checks.of, folder)
+        if note is None and folder is not None:
+            note = await asyncio.to_thread(self._code.note, folder)
         return AdapterInfo(
             name=said.name,
             src=src,

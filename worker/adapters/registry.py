@@ -27,6 +27,7 @@ from worker.adapters.registrations import (
     unknown,
 )
 from worker.adapters.residents import Loader, Residents, key_of
+from worker.custom.formatters import Code, NoCode
 from worker.errors import (
     AdapterInvalid,
     AdapterTaken,
@@ -72,12 +73,24 @@ class AdapterRegistry:
     first change.
     """
 
-    def __init__(self, folder: Path, shelf: Shelf, loader: Loader, *, max_rank: int | None = None) -> None:
-        """An adapter of a rank beyond `max_rank` is told of as one that cannot be served."""
+    def __init__(
+        self,
+        folder: Path,
+        shelf: Shelf,
+        loader: Loader,
+        code: Code | None = None,
+        *,
+        max_rank: int | None = None,
+    ) -> None:
+        """`code` runs what adapters bring; None is nobody.
+
+        An adapter of a rank beyond `max_rank` is told of as one that cannot be served.
+        """
+        self._code = NoCode() if code is None else code
         self._folder = FolderView(folder)
         self._max_rank = max_rank
         self._shelf = shelf
-        self._teller = Teller(loader, max_rank)
+        self._teller = Teller(loader, self._code, max_rank)
         self._residents = Residents(loader)
         self._registered: dict[str, _Registered] = {}
         self._said_of_folder: dict[str, Registration] = {}
@@ -237,6 +250,7 @@ class AdapterRegistry:
                 raise unknown(name) if found is None else _not_ours(name, found)
             await self._commit(name)
             self._residents.drop(name)
+            await self._code.drop(name)
             await self._link(name, None)
         logger.info("adapter unregistered", extra={"adapter": name})
 
@@ -268,6 +282,7 @@ class AdapterRegistry:
         await self._change(_Registered(said), None, fetch=True, load=True)
         fields = {"adapter": name, "version": self._versions[name], "src": said.src}
         logger.info("adapter registered", extra=fields)
+        await self._warn_of_code(name)
 
     async def _update(self, one: _Registered, said: Registration, *, fetch: bool, load: bool) -> None:
         if one.folder is None and not fetch:
@@ -275,6 +290,14 @@ class AdapterRegistry:
         await self._change(_Registered(said, one.folder), one.said.version, fetch=fetch, load=load)
         fields = {"adapter": said.name, "version": self._versions[said.name], "src": said.src}
         logger.info("adapter updated", extra=fields)
+        if fetch:
+            await self._warn_of_code(said.name)
+
+    async def _warn_of_code(self, name: str) -> None:
+        folder = self._registered[name].folder
+        note = None if folder is None else await asyncio.to_thread(self._code.note, folder)
+        if note is not None:
+            self._warn("an adapter was registered without its code", name, note)
 
     async def _change(self, wanted: _Registered, before: str | None, *, fetch: bool, load: bool) -> None:
         """Make a registration what is wanted, or leave the name with the version it had `before`."""
@@ -283,6 +306,7 @@ class AdapterRegistry:
         try:
             if fetch:
                 folder = await self._shelf.put(said.name, said.src)
+                await self._code.load(folder)
             assert folder is not None
             if fetch or load:
                 await self._residents.load(folder, said)

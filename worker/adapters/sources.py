@@ -18,7 +18,7 @@ from adapters_sync.errors import InvalidAdapter, InvalidUri, ObjectChanged, Remo
 from adapters_sync.folder import carried_files
 from adapters_sync.inventory import Limits, RemoteAdapter, RemoteFile, take_inventory
 from adapters_sync.manifests import UploadManifest
-from adapters_sync.names import REQUIRED_FILES, shown
+from adapters_sync.names import MODEL_PY, REQUIRED_FILES, shown
 from adapters_sync.remote import Remote, connect
 from adapters_sync.tasks import in_thread
 from adapters_sync.uris import S3Prefix, parse_prefix
@@ -168,7 +168,7 @@ def _look_into(folder: Path, name: str, limits: Limits) -> Found:
         for required in REQUIRED_FILES:
             if not (folder / required).exists():
                 raise InvalidAdapter(f"{required} is missing in {folder}")
-        files = carried_files(folder)
+        files = carried_files(folder, code=limits.code)
         objects = [_listed(f"{name}/{path}", status) for path, status in files.items()]
         adapter = take_inventory(objects, limits)[name] if objects else RemoteAdapter(name=name)
         if adapter.fault is not None:
@@ -177,7 +177,8 @@ def _look_into(folder: Path, name: str, limits: Limits) -> Found:
     except OSError as error:
         raise InvalidAdapter(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     version = hashlib.sha256(msgspec.json.encode([[path, digest] for path, digest in sha256.items()]))
-    copied = _Copied(name=name, files=adapter.files, content_version=version.hexdigest())
+    skipped = (MODEL_PY,) if (folder / MODEL_PY).is_file() and MODEL_PY not in files else ()
+    copied = _Copied(name=name, files=adapter.files, skipped=skipped, content_version=version.hexdigest())
     return Found(FolderRemote(folder, name), copied, sha256)
 
 

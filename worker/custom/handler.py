@@ -78,6 +78,11 @@ class CustomHandler:
         """The name of the function that answers requests."""
         return self._begin.properties["handler"]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will be answered any more."""
+        return self._ended
+
     async def __aenter__(self) -> Self:
         """Raises ModelError with the handler's reason when it cannot be loaded, or its first call fails."""
         try:

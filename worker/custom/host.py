@@ -36,7 +36,17 @@ from worker.custom.messages import (
     read_to_handler,
 )
 from worker.custom.package import djl_python
-from worker.custom.package.djl_python import Input, Output, encode_decode, inputs, np_util, outputs, pair_list
+from worker.custom.package.djl_python import (
+    Input,
+    Output,
+    encode_decode,
+    input_parser,
+    inputs,
+    np_util,
+    output_formatter,
+    outputs,
+    pair_list,
+)
 
 logger = logging.getLogger("djl_python")
 
@@ -177,7 +187,7 @@ def take_the_name_djl_python() -> None:
     if PathFinder.find_spec("djl_python", elsewhere) is not None:
         logger.warning("the djl_python that is installed here is not used: handlers get loramill's")
     sys.modules["djl_python"] = djl_python
-    for module in (encode_decode, inputs, np_util, outputs, pair_list):
+    for module in (encode_decode, input_parser, inputs, np_util, output_formatter, outputs, pair_list):
         sys.modules[f"djl_python.{module.__name__.rpartition('.')[2]}"] = module
 
 

@@ -48,6 +48,9 @@ class RowRunner(ABC):
     A job of more rows than a `LARGE`-th of that is a large one: its rows take turns with those of others.
     """
 
+    keeps_raw = False
+    """Whether rows must be kept as they were sent."""
+
     def __init__(self, flow: FlowControl, clock: Callable[[], float] = time.time) -> None:
         self._flow = flow
         self._clock = clock

@@ -17,6 +17,7 @@ import msgspec
 from adapters_sync.layout import AdapterFolder
 from worker.adapters.directory import AdapterDirectory
 from worker.bridge import Bridge
+from worker.custom.formatters import Formatter, Formatters
 from worker.delivery.flow import FlowControl
 from worker.delivery.row_runner import Hold, RowRunner, T, cause_of
 from worker.engine.scoring import read_pair
@@ -37,6 +38,8 @@ from worker.jobs import (
     TokenDetail,
 )
 from worker.wire.checks import failure_of
+from worker.wire.formatting import check_kept, formatted, is_formatted, payload_of, read_formatted
+from worker.wire.results import response_of
 from worker.workflows.chain import no_workflow, run_chain
 from worker.workflows.definition import Workflow
 
@@ -70,6 +73,7 @@ class EngineRows(RowRunner):
         *,
         workflow: Callable[[str], Workflow] = no_workflow,
         own_tokenizer: Callable[[AdapterKey, Path], Tokenizer | None] = lambda *_: None,
+        formatters: Formatters | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`own_tokenizer` gives the one that an adapter brings in its folder; it may block."""
@@ -79,6 +83,8 @@ class EngineRows(RowRunner):
         self._adapters = adapters
         self._workflow = workflow
         self._own_tokenizer = own_tokenizer
+        self._formatters = formatters
+        self.keeps_raw = formatters is not None
         self._numbers = itertools.count()
         self._encoders = ThreadPoolExecutor(4, "encoder")
         """For rows of messages: adapters' tokenizers may be slow, and S3 and files need threads as well."""
@@ -124,7 +130,7 @@ class EngineRows(RowRunner):
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         job = hold.job
         assert job is not None
-        if row.failure is not None:
+        if row.failure is not None and (row.raw is None or self._formatters is None):
             return RowResult(row=row, failure=row.failure)
         if row.workflow is not None:
             return await self._chain(hold, row, row.workflow)
@@ -134,6 +140,9 @@ class EngineRows(RowRunner):
             async with self._using(hold, row.adapter) as adapter:
                 self._refuse_late(hold)  # it may have waited long
                 version = None if adapter is None else adapter.version
+                row, own = await self._formatted(hold, row, adapter)
+                if row.failure is not None:
+                    return RowResult(row=row, failure=row.failure)
                 encoded = await self._on_thread(hold, self._encode, row, adapter)
                 key = None if adapter is None else AdapterKey(adapter.name, adapter.version)
                 request = self._request(hold, row, encoded, key)
@@ -144,7 +153,7 @@ class EngineRows(RowRunner):
         if row.params.details and completion.failure is None:  # of a row that failed there may be a part
             # Every token is decoded by itself, which takes a moment for a long prompt.
             details = await self._on_thread(hold, self._details, encoded, completion)
-        return RowResult(
+        result = RowResult(
             row=row,
             adapter_version=version,
             text=encoded.text + completion.text if row.params.return_full_text else completion.text,
@@ -155,6 +164,34 @@ class EngineRows(RowRunner):
             failure=completion.failure,
             **details,
         )
+        return result if own is None else await self._answered(hold, result, own)
+
+    async def _formatted(
+        self, hold: Hold, row: Row, adapter: AdapterFolder | None
+    ) -> tuple[Row, Formatter | None]:
+        """The row as its input formatter makes it, and its output formatter. Raises RowError."""
+        if self._formatters is None or not is_formatted(row):
+            return row, None
+        own = await self._formatters.of(adapter)
+        if own.output is not None:
+            hold.on_delta = None  # it is asked once, for all of the answer
+        if own.input is None or row.raw is None:
+            return row, own.output
+        payload = payload_of(row)
+        made = await self._formatters.run(own.input, payload, urgent=hold.interactive)
+        check_kept(payload, made, own.input)
+        return read_formatted(row, made), own.output
+
+    async def _answered(self, hold: Hold, result: RowResult, own: Formatter) -> RowResult:
+        """The result as its output formatter makes it."""
+        assert self._formatters is not None
+        if result.failure is not None:
+            return result
+        try:
+            response = await self._formatters.run(own, response_of(result), urgent=hold.interactive)
+        except RowError as exc:
+            return msgspec.structs.replace(result, failure=failure_of(exc))
+        return formatted(result, response)
 
     async def _chain(self, hold: Hold, row: Row, name: str) -> RowResult:
         try:

@@ -161,6 +161,7 @@ class Runner:
             now=self._clock(),
             base_models=self._limits.base_models,
             max_bytes=max_bytes,
+            keeps_raw=self._rows.keeps_raw,
         )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from worker.errors import InvalidMessage
 from worker.http.answers import Refused
+from worker.http.formatting import BodyFormatting, Formatted
 from worker.jobs import Delta, Failure, OnDelta, Row, RowResult
 from worker.wire.calls import Asked, read_call, write_answer
 from worker.wire.checks import parse_object
@@ -28,6 +29,7 @@ STATUSES = {
     "model_not_found": 404,
     "adapter_not_found": 424,
     "adapter_invalid": 424,
+    "handler_failed": 424,
     "internal": 424,
     "oom": 507,
     "timeout": 504,
@@ -49,6 +51,8 @@ class Call(NamedTuple):
     """What the rows are put through, where the model was called by a workflow's name."""
     shape: str | None = None
     """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
+    is_plain: bool = False
+    """Whether no model was named: then a body may name one."""
 
 
 class Reply(NamedTuple):
@@ -82,12 +86,14 @@ class Generation:
         limits: CallLimits,
         base_models: Sequence[str],
         is_workflow: Callable[[str], bool] = lambda _: False,
+        formatting: BodyFormatting | None = None,
     ) -> None:
         """`base_models` are the names by which a request may call the base model, the first in answers.
 
         `is_workflow` tells what else OpenAI's `model` may name, beside adapters.
         """
         self._is_workflow = is_workflow
+        self._formatting = formatting
         self._answering = answering
         self._limits = limits
         self._base_models = base_models
@@ -98,7 +104,10 @@ class Generation:
         """Raises Refused and EngineFailed; so may the pieces of a stream, but for the first."""
         try:
             # Reading a large body takes a while, and others are to be answered.
-            asked = await asyncio.to_thread(self._read, call)
+            said = Formatted(await asyncio.to_thread(_body, call))
+            if self._formatting is not None and call.shape is None:
+                said = await self._formatting.format(said.body, adapter=call.adapter, workflow=call.workflow)
+            asked = await asyncio.to_thread(self._read, call, said)
         except InvalidMessage as error:
             raise Refused(400, _sentence(error)) from error
         if asked.stream is not None:
@@ -136,8 +145,8 @@ class Generation:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
-    def _read(self, call: Call) -> Asked:
-        body, names = _body(call), self._base_models
+    def _read(self, call: Call, said: Formatted) -> Asked:
+        body, names = said.body, self._base_models
         shape = call.shape or shape_of(body)
         if shape is None:
             return read_call(
@@ -146,10 +155,11 @@ class Generation:
                 adapter=call.adapter,
                 base_models=names,
                 workflow=call.workflow,
+                keeps_raw=said.by_row,
             )
         workflow, model = call.workflow, body.get("model")
-        if workflow is None and isinstance(model, str) and self._is_workflow(model):
-            workflow = model
+        if isinstance(model, str) and (workflow is None or call.is_plain):
+            workflow = model if self._is_workflow(model) else None
         rest, streams, with_usage = read_streaming(body)
         row = read_openai_call(
             rest, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow

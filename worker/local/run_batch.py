@@ -136,6 +136,7 @@ def _asked(settings: Settings, batch: Batch, source: LocalInput) -> dict[str, An
         "input_format": batch.input_format,
         "format": batch.format,
         **{name: getattr(settings, name) for name in _TELLING},
+        **({"custom_code": True} if settings.custom_code else {}),
     }
 
 

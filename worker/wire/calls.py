@@ -13,7 +13,7 @@ from worker.errors import InvalidMessage
 from worker.jobs import Row, RowResult, Task
 from worker.wire import rows
 from worker.wire.checks import read_task, show, unknown
-from worker.wire.results import ScoreLine, encode, failure_in, result_line
+from worker.wire.results import encode, failure_in, response_of
 from worker.wire.rows import read_rows
 from worker.wire.streams import Lines, Streamed
 
@@ -39,10 +39,11 @@ def read_call(
     adapter: str | None = None,
     base_models: Collection[str] | None = None,
     workflow: str | None = None,
+    keeps_raw: bool = False,
 ) -> Asked:
     """The rows of a call. `adapter`, unless None, wins over what the body says; "" is the base model.
 
-    With a `workflow` no row may name an adapter.
+    With a `workflow` no row may name an adapter. `keeps_raw` is as for `read_rows`.
     """
     stranger = unknown(body, FIELDS)
     if stranger is not None:
@@ -53,7 +54,13 @@ def read_call(
         raise InvalidMessage("stream is true; that is for inputs of one text, to be gone on with")
     try:
         read = read_rows(
-            body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models, workflow=workflow
+            body,
+            max_rows=max_rows,
+            adapter=adapter,
+            task=task,
+            base_models=base_models,
+            workflow=workflow,
+            keeps_raw=keeps_raw,
         )
     except RecursionError as error:
         raise InvalidMessage("the body is nested too deeply") from error
@@ -82,10 +89,4 @@ def _element(result: RowResult) -> dict[str, Any]:
     failure = failure_in(result)
     if failure is not None:
         return {"error": failure}
-    line = result_line(result)
-    said: dict[str, Any]
-    if isinstance(line, ScoreLine):
-        said = {name: getattr(line, name) for name in ("logprob", "token_logprobs", "is_greedy")}
-    else:
-        said = {"generated_text": line.generated_text}
-    return said if line.details is msgspec.UNSET else said | {"details": line.details}
+    return response_of(result)

@@ -4,7 +4,7 @@ from typing import Any
 
 from adapters_sync.layout import is_adapter_name
 from worker.errors import AdapterNotFound, InvalidLine, RowError
-from worker.jobs import Given, Origin, Row
+from worker.jobs import Given, Origin, Raw, Row
 from worker.wire.checks import failure_of, show
 
 _MAX_NAME_SHOWN = 128
@@ -21,6 +21,7 @@ class Draft:
         self.adapter: str | None = None
         self.workflow = given.workflow
         self.origin: Origin | None = None
+        self.raw: Raw | None = None
 
     def read_id(self, value: object, field: str, *, required: bool = False) -> None:
         """Take the row's own id; null counts as absent. Raises InvalidLine."""
@@ -59,6 +60,7 @@ class Draft:
             workflow=self.workflow,
             task=self.given.task,
             origin=self.origin,
+            raw=self.raw,
             **fields,
         )
 

@@ -38,13 +38,15 @@ def decode(
     input_prefixes: Sequence[str] = (),
     base_models: Collection[str] | None = None,
     max_bytes: int = MAX_BODY_BYTES,
+    keeps_raw: bool = False,
 ) -> Job:
     """Read a job, or raise InvalidMessage, ForbiddenInput or ForbiddenOutput.
 
     A row's own mistake is that row's `failure`. The rows of an `input` are not looked at.
 
     `now` (seconds since the epoch) stands in for a missing SentTimestamp. `base_models` are the names of the
-    base model, None where nobody knows them. In every optional field null counts as absent.
+    base model, None where nobody knows them. `keeps_raw` is as for `read_rows`. In every optional field null
+    counts as absent.
     """
     try:
         body = _parse(delivery, max_bytes)
@@ -71,12 +73,18 @@ def decode(
         )
         if body.get("input") is not None:
             given = _read_given(body, adapter, task, base_models)
-            given = msgspec.structs.replace(given, workflow=workflow)
+            given = msgspec.structs.replace(given, workflow=workflow, keeps_raw=keeps_raw)
             source = read_source(body["input"], input_prefixes)
             return _as_part(msgspec.structs.replace(job, source=source, given=given), body)
         _refuse_part(body)
         read = read_rows(
-            body, max_rows=max_rows, adapter=adapter, task=task, base_models=base_models, workflow=workflow
+            body,
+            max_rows=max_rows,
+            adapter=adapter,
+            task=task,
+            base_models=base_models,
+            workflow=workflow,
+            keeps_raw=keeps_raw,
         )
         return msgspec.structs.replace(job, rows=read)
     except RecursionError as error:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worker.errors import InvalidLine, InvalidParameters
-from worker.jobs import ChatMessage, Row, Task
+from worker.jobs import ChatMessage, Raw, Row, Task
 from worker.wire.checks import kind, show, unknown
 from worker.wire.draft import Draft
 from worker.wire.parameters import read_parameters, read_score_parameters
@@ -22,6 +22,8 @@ def read_native(draft: Draft, item: object) -> Row:
     fields = _fields(item)
     draft.read_id(fields.get("id"), "id")
     draft.read_adapter(fields.get("adapter", draft.given.adapter))
+    if draft.given.keeps_raw and draft.given.task is Task.GENERATE:
+        draft.raw = Raw(fields, draft.given.parameters)
     prompt = _prompt(fields)
     scored = draft.given.task is Task.SCORE
     if scored:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -40,7 +41,9 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     generated_text: str | None
     finish_reason: str
     usage: Usage
-    details: Details | msgspec.UnsetType = msgspec.UNSET
+    details: Details | dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    response: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """What an output formatter returned beside a text and details; then they are its own too, or absent."""
     error: Failure | None
 
 
@@ -94,6 +97,8 @@ def result_line(result: RowResult) -> ResultLine | ScoreLine:
     failure = failure_in(result)
     if result.row.task is Task.SCORE:
         return _score_line(result, failure)
+    if result.response is not None and failure is None:
+        return _formatted_line(result, dict(result.response))
     return ResultLine(
         id=result.row.id,
         index=result.row.index,
@@ -105,6 +110,33 @@ def result_line(result: RowResult) -> ResultLine | ScoreLine:
         details=msgspec.UNSET if failure else _details(result),
         error=failure,
     )
+
+
+def _formatted_line(result: RowResult, response: dict[str, Any]) -> ResultLine:
+    """The fields of `response` that a line has, in their places, and all others together."""
+    text = response.pop("generated_text") if isinstance(response.get("generated_text"), str) else None
+    details = response.pop("details") if isinstance(response.get("details"), dict) else msgspec.UNSET
+    line = result_line(msgspec.structs.replace(result, response=None))
+    assert isinstance(line, ResultLine)
+    return msgspec.structs.replace(
+        line, generated_text=text, details=details, response=response or msgspec.UNSET
+    )
+
+
+def response_of(result: RowResult) -> dict[str, Any]:
+    """What a row that did not fail is answered over HTTP: `{"generated_text", "details"?}`, or scores.
+
+    Or what an output formatter made of it.
+    """
+    if result.response is not None:
+        return result.response
+    line = result_line(result)
+    said: dict[str, Any]
+    if isinstance(line, ScoreLine):
+        said = {name: getattr(line, name) for name in ("logprob", "token_logprobs", "is_greedy")}
+    else:
+        said = {"generated_text": line.generated_text}
+    return said if line.details is msgspec.UNSET else said | {"details": line.details}
 
 
 def _score_line(result: RowResult, failure: Failure | None) -> ScoreLine:

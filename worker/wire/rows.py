@@ -25,12 +25,13 @@ def read_rows(
     task: Task = Task.GENERATE,
     base_models: Collection[str] | None = None,
     workflow: str | None = None,
+    keeps_raw: bool = False,
 ) -> tuple[Row, ...]:
     """Read every row of a body, each in the format that it has.
 
     `adapter`, unless None, is for every row and wins over the body; "" is the base model. A row object's
     own `adapter` wins over `adapters`, and its own `parameters` over those of the same name in the body's.
-    With a `workflow` no row may name an adapter.
+    With a `workflow` no row may name an adapter. `keeps_raw` keeps native rows as they were sent, too.
     """
     inputs = _inputs(body.get("inputs"), max_rows)
     adapters = _aligned(body, "adapters", len(inputs), str, "text")
@@ -46,6 +47,7 @@ def read_rows(
             task=task,
             workflow=workflow,
             base_models=base_models,
+            keeps_raw=keeps_raw,
         )
         draft = Draft(index, ids[index] if ids else str(index), given)
         rows.append(read_item(draft, item))

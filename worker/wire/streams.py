@@ -6,7 +6,7 @@ import msgspec
 
 from worker.jobs import Delta, Row, RowResult, TokenDetail
 from worker.wire.openai_results import FINISH, Error, answer_id, model_of, tokens_of
-from worker.wire.results import encode, failure_in, result_line
+from worker.wire.results import encode, failure_in, response_of, result_line
 
 _DETAILS = ("finish_reason", "generated_tokens", "inputs", "prefill", "top_tokens")
 _DONE = b"data: [DONE]\n\n"
@@ -48,6 +48,8 @@ class Lines:
         failure = failure_in(result)
         if failure is not None:
             return self._line({"error": failure})
+        if result.response is not None or result.tokens is None:  # formatted: it is all one piece
+            return self._line(response_of(result))
         line: Any = result_line(result)
         said = {"generated_text": line.generated_text}
         details = {name: getattr(line.details, name) for name in _DETAILS}

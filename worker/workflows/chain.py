@@ -1,13 +1,25 @@
 """A row through a workflow: the model's answer to one call is what the next is asked."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
 from worker.errors import InvalidLine, ModelNotFound
-from worker.jobs import Row, RowResult, Task
+from worker.jobs import Raw, Row, RowResult, Task
 from worker.wire.checks import failure_of
 from worker.workflows.definition import IN, Workflow
+
+
+def _asked(row: Row, text: str) -> Raw | None:
+    """What a later call's formatter gets: the answer before it, with the parameters that were sent."""
+    if row.raw is None:
+        return None
+    return msgspec.structs.replace(row.raw, item={"inputs": text} | _without(row.raw.item))
+
+
+def _without(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name not in {"input", "inputs", "messages"}}
 
 
 def no_workflow(name: str) -> Workflow:
@@ -26,12 +38,17 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
         return RowResult(row=row, failure=failure_of(refused))
     said: dict[str, str] = {}
     prompt_tokens = completion_tokens = 0
+    params = row.params
     for call in workflow.calls:
         adapter = None if call.adapter is None else workflow.adapter_name(call.adapter)
         step = msgspec.structs.replace(row, adapter=adapter, workflow=None)
         if call.argument != IN:
-            step = msgspec.structs.replace(step, text=said[call.argument], tokens=None, messages=None)
+            text = said[call.argument]
+            step = msgspec.structs.replace(step, text=text, tokens=None, messages=None, raw=_asked(row, text))
+            if row.failure is not None:  # a formatter has made it one that can be read
+                step = msgspec.structs.replace(step, failure=None, params=params)
         result = await run(step)
+        params = result.row.params
         prompt_tokens += result.prompt_tokens
         completion_tokens += result.completion_tokens
         if result.failure is not None:
