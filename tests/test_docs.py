@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer
 from prometheus_client import CollectorRegistry
