@@ -57,11 +57,12 @@ def test_formatters_are_asked_by_each_call_and_a_row_may_need_the_first_one_to_b
         return RowResult(row=replace(step, failure=None, params=params), text=f"to {step.adapter}")
 
     result = asyncio.run(run_chain(workflow(CHAIN), row, model))
-    first, second = asked
+    first, second, third = asked
     assert (first.raw, first.failure) == (raw, unread)
-    assert second.raw == Raw({"inputs": "to a", "question": "hi", "id": "x"}, {"details": True})
-    assert (second.text, second.failure, second.params) == ("to a", None, params)
-    assert result.text == "to b"
+    assert second.raw == Raw({"inputs": "to w.a", "question": "hi", "id": "x"}, {"details": True})
+    assert (second.text, second.failure, second.params) == ("to w.a", None, params)
+    assert third.raw.item["inputs"] == "to None"
+    assert result.text == "to w.b"
 
 
 def test_each_call_is_asked_what_the_one_before_said():
