@@ -1,6 +1,6 @@
 """The floors of the house: imports only go down, and each floor keeps out what is not its own.
 
-floor 3   worker.{app,cli,core,demo,sides,...}                   adapters_sync.{cli,serve,show}
+floor 3   worker.{app,cli,core,demo,engine_side,...}             adapters_sync.{cli,serve,show}
 floor 2   worker.{bridge,delivery,adapters,http,sender,...}    adapters_sync.{reconcile,passes,push,workshop}
 floor 1   worker.{engine,transport,metrics}                    adapters_sync.{remote,fetch,plan,publish,...}
 floor 0   worker.{errors,jobs,settings,wire}                   adapters_sync.{layout,errors,settings,...}
@@ -54,9 +54,11 @@ FLOORS = [
         "adapters_sync.reconcile", "adapters_sync.survey", "adapters_sync.workshop",
     },
     {
-        "worker.app", "worker.cli", "worker.core", "worker.demo", "worker.messages", "worker.options",
-        "worker.sides",
+        "worker.app", "worker.cli", "worker.core", "worker.demo", "worker.options",
+        "worker.answerer", "worker.engine_side", "worker.handler_side", "worker.own_mirror",
+        "worker.queue_side", "worker.tell_mirrors",
         "worker.adapters.shelf", "worker.adapters.sources",
+        "worker.workflows.model",
         "worker.local.progress", "worker.local.rows", "worker.local.run_batch",
         "worker.sender.show_progress",
         "adapters_sync.__main__", "adapters_sync.cli", "adapters_sync.serve", "adapters_sync.show",

@@ -117,6 +117,20 @@ def test_a_bad_setting_is_named_with_its_value_and_its_limit(cli):
     )
 
 
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        (("/a/one", "/b/two"), "they name the models /a/one and /b/two, and a worker has one; give --model"),
+        ((), "{0}: models is empty; it must name one model at least"),
+    ],
+)
+def test_workflows_of_several_models_or_none_leave_the_model_open(cli, tmp_path, models, says):
+    body = {"name": "w", "models": {f"m{n}": one for n, one in enumerate(models)}, "workflow": {}}
+    body["workflow"] = {"out": ["m0", "in"]}
+    (tmp_path / "workflow.json").write_text(json.dumps(body))
+    assert_misuse(cli("worker", "--workflows", str(tmp_path)), "workflows: " + says.format(tmp_path))
+
+
 def test_every_mistake_is_told_at_once(cli):
     result = cli(
         "worker",
@@ -306,7 +320,7 @@ def test_importing_the_command_imports_no_torch():
 def test_worker_does_not_let_threads_spin_for_long_unless_told_to(cli, monkeypatch, environ, spins):
     from worker import app as worker_app
 
-    async def run_worker(*_: Any) -> None:
+    async def run_worker(*_: Any, **__: Any) -> None:
         assert os.environ.get("GOMP_SPINCOUNT") == spins
 
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,7 @@ from worker.settings import Settings, read_settings
 from worker.wire.lines import read_line
 from worker.wire.openai_rows import CHAT_NAMES, COMPLETION_NAMES
 from worker.wire.parameters import NAMES as PARAMETERS
-from worker.wire.results import ScoreLine
+from worker.wire.results import ResultLine, ScoreLine
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -92,11 +93,10 @@ def test_the_line_has_the_fields_of_a_result_line() -> None:
     line = json.loads(blocks("json")[1])
     encoded = json.dumps(line).encode() + b"\n"
     assert wire.tally(encoded).completed == 1
-    from worker.wire.results import ResultLine
-
-    assert list(line) == [
-        name for name in ResultLine.__struct_fields__ if name not in {"details", "response"}
+    always = [
+        field.name for field in msgspec.structs.fields(ResultLine) if field.default is msgspec.NODEFAULT
     ]
+    assert list(line) == always
 
 
 def test_the_job_by_reference_is_one_that_the_worker_takes() -> None:

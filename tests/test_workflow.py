@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidWorkflow
-from worker.workflows.definition import MAX_BYTES, MAX_CALLS, Call, ModelSource, from_template, read_workflow
+from worker.workflows.definition import (
+    MAX_BYTES,
+    MAX_CALLS,
+    ModelSource,
+    WorkflowCall,
+    from_template,
+    read_workflow,
+)
 
 DJL = {
     "name": "adapter1",
@@ -44,7 +51,7 @@ def test_djl_s_own_example():
     assert (workflow.name, workflow.version) == ("adapter1", "0.1")
     assert workflow.models == {"m": ModelSource("src/test/resources/adaptecho")}
     assert workflow.adapters["a1"].options == {"echooption": "weo"}
-    assert workflow.calls == (Call("out", "in", "a1"),)
+    assert workflow.calls == (WorkflowCall("out", "in", "a1"),)
     assert workflow.adapter_name("a1") == "adapter1.a1"
 
 
@@ -69,6 +76,40 @@ def test_calls_may_stand_in_each_other():
     ]
 
 
+def test_a_model_is_where_djl_serving_says_it_is():
+    said = {"id": "another", "modelUrl": "s3://b/m/", "version": "2"}
+    assert read(models={"m": said}).models["m"] == ModelSource(url="s3://b/m/", version="2")
+
+
+@pytest.mark.parametrize(
+    ("options", "preload", "pin", "left"),
+    [
+        ({}, True, False, {}),
+        ({"preload": False, "pin": "TRUE", "k": 1.5, "on": True}, False, True, {"k": "1.5", "on": "true"}),
+        ({"preload": "no", "pin": 1}, False, True, {}),
+    ],
+)
+def test_options_of_an_adapter_are_texts_and_say_whether_it_stays_in_memory(options, preload, pin, left):
+    source = {"model": "m", "src": "x", "options": options}
+    found = read(configs={"adapters": {"a1": source}}).adapters["a1"]
+    assert (found.preload, found.pin, found.options) == (preload, pin, left)
+
+
+def test_the_folder_of_the_file_has_a_name_in_it():
+    source = {"model": "m", "src": "{model_dir}/{a}", "options": {"o": "{model_dir}"}}
+    said = {
+        "name": "w",
+        "models": {"m": "{model_dir}/base"},
+        "configs": {"adapters": {"a": source}},
+        "workflow": {"out": ["adapter", "a", "in"]},
+    }
+    found = read_workflow(json.dumps(said).encode(), '/srv/"x"')
+    assert found.models["m"].url == '/srv/"x"/base'
+    assert (found.adapters["a"].src, found.adapters["a"].options) == ('/srv/"x"/{a}', {"o": '/srv/"x"'})
+    with pytest.raises(InvalidWorkflow, match="it is not JSON"):
+        read_workflow(b"[" * 100_000 + b"]" * 100_000, "/srv")
+
+
 def test_what_out_does_not_need_is_read_and_not_asked():
     assert calls({"out": ["m", "in"], "other": ["adapter", "a1", "in"]}) == [("out", "in", None)]
 
@@ -91,9 +132,16 @@ def test_what_out_does_not_need_is_read_and_not_asked():
         ({"configs": {"adapters": {"a": {"model": "m"}}}}, "configs.adapters.a.src is null"),
         ({"configs": {"adapters": {"a/b": {"model": "m", "src": "x"}}}}, "configs.adapters.a/b: 'a/b' must"),
         (
-            {"configs": {"adapters": {"a": {"model": "m", "src": "x", "options": {"k": 1}}}}},
+            {"configs": {"adapters": {"a": {"model": "m", "src": "x", "options": {"k": [1]}}}}},
             "configs.adapters.a.options is an object; it must be an object of texts",
         ),
+        (
+            {"configs": {"adapters": {"a": {"model": "m", "src": "x", "options": {"pin": "maybe"}}}}},
+            "configs.adapters.a.options.pin is 'maybe'; it must be true or false",
+        ),
+        ({"models": {"m": {"url": "x", "modelUrl": "x"}}}, "models.m has url and modelUrl; it must have one"),
+        ({"models": {"m": {"modelUrl": 5}}}, "models.m.modelUrl is 5; it must be text"),
+        ({"models": {"m": {"url": "x", "id": 5}}}, "models.m.id is 5; it must be text"),
         ({"workflow": ...}, "workflow is null"),
         ({"workflow": {}}, "workflow.out is missing"),
         ({"workflow": {"out": ["m", "in"], "in": ["m", "in"]}}, "workflow.in is defined"),
@@ -166,7 +214,7 @@ def test_the_template_is_djl_s_and_quotes_what_it_is_given():
     assert workflow.version == "0.1"
     assert workflow.models["m"].url == model
     assert workflow.adapters[name].src == url
-    assert workflow.calls == (Call("out", "in", name),)
+    assert workflow.calls == (WorkflowCall("out", "in", name),)
 
 
 @pytest.mark.parametrize(

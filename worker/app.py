@@ -10,16 +10,20 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from worker.answerer import Foundation
 from worker.delivery.intake import Intake
+from worker.engine_side import engine_side
+from worker.handler_side import custom_handler, handler_side
 from worker.http.adapters_api import AdaptersApi
 from worker.http.inference_api import HttpLimits, InferenceApi
+from worker.http.models_api import ModelsApi, Served
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
-from worker.messages import open_messages
 from worker.metrics import Metrics
 from worker.model_source import local_properties, remote_properties
+from worker.own_mirror import open_mirror_of
+from worker.queue_side import open_queue_side
 from worker.settings import Settings, notes
-from worker.sides import Place, custom_handler, engine_side, handler_side, open_mirror_of
 from worker.stats import Exporter
 from worker.transport.clients import Clients
 from worker.transport.store import S3Store
@@ -31,11 +35,14 @@ _EXPORT_SECONDS = 1.0
 _LAST_POLL_SECONDS = 2.0
 
 
-async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> None:
+async def run_worker(
+    settings: Settings, reread: Callable[[str], Settings], *, only_workflows: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT, or until idle for `exit_when_idle_seconds`, then drain.
 
     `reread` gives the settings anew with the text of the serving.properties that was found beside a model
-    in S3. Raises LoramillError when the worker cannot start, or broke: its leases are given back first.
+    in S3. With `only_workflows` nobody named the model itself: a single workflow answers calls that name
+    none. Raises LoramillError when the worker cannot start, or broke: its leases are given back first.
     """
     signals = _Signals()
     async with AsyncExitStack() as stack:
@@ -60,34 +67,40 @@ async def run_worker(settings: Settings, reread: Callable[[str], Settings]) -> N
         api = AdaptersApi(settings.model_name, settings.lora_enabled, not_ready)
         limits = HttpLimits(settings.http_max_calls, settings.http_max_body_bytes)
         calls = InferenceApi(settings.model_name, limits, not_ready, metrics)
-        chains = WorkflowsApi(partial(fetch_workflow, store=objects), not_ready)
-        apis = Apis(adapters=api, calls=calls, workflows=chains, metrics=metrics)
+        workflows_api = WorkflowsApi(partial(fetch_workflow, store=objects), not_ready)
+        served = Served(
+            settings.model_name, str(settings.model), settings.max_num_seqs, settings.http_max_calls
+        )
+        models = ModelsApi(served, not_ready, lambda: calls.num_calls)
+        apis = Apis(adapters=api, calls=calls, workflows=workflows_api, models=models, metrics=metrics)
         await stack.enter_async_context(_listening(settings, registry, not_ready, apis))
-        messages = await stack.enter_async_context(open_messages(settings, clients))
+        queue_side = await stack.enter_async_context(open_queue_side(settings, clients))
         mirror = await stack.enter_async_context(open_mirror_of(settings))
         owned = await stack.enter_async_context(_owned_tasks())
-        place = Place(settings, objects, registry, exporter, owned, calls, chains)
+        foundation = Foundation(
+            settings, objects, registry, exporter, owned, calls, workflows_api, models, only_workflows
+        )
         custom = await custom_handler(settings, objects, properties)
         if custom is None:
-            side = await engine_side(place, stack, mirror)
+            answerer = await engine_side(foundation, stack, mirror)
         else:
-            side = await handler_side(place, stack, mirror, custom)
-        rows, api.registry = side.rows, side.registry
+            answerer = await handler_side(foundation, stack, mirror, custom)
+        rows, api.registry = answerer.rows, answerer.registry
         if signals.stop.is_set():
             return
-        intake = None if messages is None else messages.intake(rows, objects, metrics)
+        intake = None if queue_side is None else queue_side.intake(rows, objects, metrics)
 
         def export() -> None:
-            if messages is not None:
-                exporter.leases(messages.keeper.stats, messages.keeper.lag)
-            side.export()
+            if queue_side is not None:
+                exporter.leases(queue_side.keeper.stats, queue_side.keeper.lag)
+            answerer.export()
             metrics.rows_in_flight.set(rows.in_flight)
 
-        if messages is not None:
-            owned.add(asyncio.create_task(messages.keeper.wait(), name="leases"))
+        if queue_side is not None:
+            owned.add(asyncio.create_task(queue_side.keeper.wait(), name="leases"))
         idleness = _watch_idleness(intake, calls, settings.exit_when_idle_seconds, signals.stop)
         owned |= {
-            asyncio.create_task(_awaited(side.wait), name="engine"),
+            asyncio.create_task(_awaited(answerer.wait), name="engine"),
             asyncio.create_task(_export(export), name="export"),
             asyncio.create_task(idleness, name="idleness"),
         }

@@ -57,8 +57,20 @@ def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
     with _readable_errors(debug):
         environ = dict(os.environ)
         settings = read_settings(
-            environ=environ, flags=flags, required=("model",), together=("queue_url", "output_prefixes")
+            environ=environ,
+            flags=flags,
+            together=("queue_url", "output_prefixes"),
+            either=("model", "workflows"),
         )
+        only_workflows = settings.model is None
+        if only_workflows:
+            from worker.workflows.model import named_by  # noqa: PLC0415 (few need it)
+
+            named = asyncio.run(named_by(settings.workflows))
+            flags["model"] = named.model
+            if named.adapters and settings.enable_lora is None:
+                flags["enable_lora"] = "true"
+            settings = read_settings(environ=environ, flags=flags)
         properties = local_properties(settings)
         if properties is not None:
             settings = read_settings(environ=environ, flags=flags, properties=properties)
@@ -68,7 +80,11 @@ def worker(*, flags: dict[str, Any], debug: _Debug = False) -> None:
         from worker.app import run_worker  # noqa: PLC0415 (torch)
 
         asyncio.run(
-            run_worker(settings, lambda text: read_settings(environ=environ, flags=flags, properties=text))
+            run_worker(
+                settings,
+                lambda text: read_settings(environ=environ, flags=flags, properties=text),
+                only_workflows=only_workflows,
+            )
         )
 
 

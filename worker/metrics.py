@@ -18,7 +18,7 @@ OUTCOMES = ("committed", "duplicate", "split", "ignored", "failed", "dead_letter
 TIERS = ("slot", "host")
 BASE, OTHERS = "(base)", "(others)"
 """Values of the label `adapter` that no adapter can have for a name."""
-HTTP_ROUTES = ("invocations", "predictions", "v1", "workflows", "ping", "metrics", "live", "ready")
+HTTP_ROUTES = ("invocations", "predictions", "v1", "models", "workflows", "ping", "metrics", "live", "ready")
 """Values of the label `route`, beside adapters and other."""
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 

@@ -1,12 +1,15 @@
 """Where the base model's files are, and what `serving.properties` beside them says."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from worker.errors import LoramillError, ModelError, ObjectNotFound
 from worker.settings import Settings
 from worker.transport.store import Store
+
+logger = logging.getLogger(__name__)
 
 PROPERTIES = "serving.properties"
 _MAX_PROPERTIES_BYTES = 1 << 20
@@ -86,3 +89,17 @@ def local_weights(settings: Settings) -> str:
 def _folder(weights: str) -> Path | None:
     path = Path(weights).expanduser()
     return path if path.is_dir() else None
+
+
+def logging_bytes() -> Callable[[int], None]:
+    """Progress of a download, a line every 256 MiB."""
+    step = 256 << 20
+    fetched = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal fetched
+        before, fetched = fetched // step, fetched + count
+        if fetched // step > before:
+            logger.info("downloading the model", extra={"bytes": fetched})
+
+    return on_bytes

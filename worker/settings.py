@@ -8,7 +8,7 @@ what this version does not do are refused, never swallowed.
 import hashlib
 import ipaddress
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -519,10 +519,12 @@ def read_settings(
     known: Collection[str] = (),
     required: Collection[str] = (),
     together: Collection[str] = (),
+    either: Sequence[str] = (),
 ) -> Settings:
     """Read every setting, or raise SettingsError with every mistake; a `required` one not set is a mistake.
 
-    So it is where one of those that belong `together` is set and another is not.
+    So it is where one of those that belong `together` is set and another is not, and where none of `either`
+    is: then the first of them is asked for.
     `properties` is the text of the model folder's serving.properties when it is at hand: for an s3 model
     read without it first, download the file, and read again. `flags` go by field name, None for not given.
     """
@@ -532,7 +534,8 @@ def read_settings(
         reading.values["model"] = reading.values["model_id"]
     settings = Settings(**reading.values)
     said = {name for name in together if getattr(settings, name) not in {None, ()}} | reading.refused
-    needed = [*required, *(() if said.isdisjoint(together) else together)]
+    missing = () if any(getattr(settings, name) for name in either) else either[:1]
+    needed = [*missing, *required, *(() if said.isdisjoint(together) else together)]
     mistakes = found.mistakes + settings.require(*(name for name in needed if name not in reading.refused))
     mistakes += reading.mistakes + _cross_checks(settings, reading)
     if settings.may_have_handler:

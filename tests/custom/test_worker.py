@@ -51,6 +51,47 @@ def results(mill, worker: Process, **fields) -> list[dict]:
     return mill.results(job_id)
 
 
+def test_adapter_workflows_run_as_they_do_in_djl_serving(serve, mill, tmp_path) -> None:
+    """Its testAdapterWorkflows, and a chain, a job and a restart of ours."""
+    flows = []
+    for number, options in ((1, {"echooption": "weo"}), (2, {})):
+        key = f"a{number}"
+        said = {
+            "name": f"adapter{number}",
+            "version": "0.1",
+            "models": {"m": str(MODELS / "adaptecho")},
+            "configs": {"adapters": {key: {"model": "m", "src": f"url{number}", "options": options}}},
+            "workflow": {"out": ["adapter", key, "in"]},
+        }
+        flows.append(tmp_path / f"w{number}" / "workflow.json")
+        flows[-1].parent.mkdir()
+        flows[-1].write_text(json.dumps(said))
+    chain = json.loads(flows[1].read_text()) | {"name": "chain"}
+    chain["configs"]["adapters"] = {"b": chain["configs"]["adapters"]["a2"]}
+    chain["workflow"] = {"first": ["adapter", "b", "in"], "out": ["m", ["adapter", "b", "first"]]}
+    (tmp_path / "workflow.json").write_text(json.dumps(chain))
+    cache = {"LORAMILL_CACHE_DIR": str(tmp_path / "cache"), "LORAMILL_ENABLE_LORA": "true"}
+    with serve(MODELS / "adaptecho", LORAMILL_WORKFLOWS=",".join(map(str, flows)), **cache) as worker:
+        assert asked(worker, b"testAWP", "/predictions/adapter1") == (200, b"a1weotestAWP")
+        assert asked(worker, b"testAWP", "/predictions/adapter2") == (200, b"a2testAWP")
+        template = {"template": "adapter", "adapter": "a", "url": "dummy", "model": str(MODELS / "adaptecho")}
+        assert told(worker, "POST", "/workflows", **template)[0] == 200
+        assert asked(worker, b"testRAWT", "/predictions/a") == (200, b"atestRAWT")
+        assert asked(worker, b"x", "/predictions/nobody")[0] == 404
+        assert asked(worker, b"x", "/predictions/adapter1", adapter="a2")[0] == 400
+        assert told(worker, "POST", "/workflows", url=str(tmp_path))[0] == 200
+        assert asked(worker, b"x", "/predictions/chain/0.1")[1].startswith(b"bbx")
+        (line,) = results(mill, worker, model="adapter2", inputs=["hi"])
+        assert (line["adapter"], line["generated_text"][:2], line["error"]) == ("a2", "a2", None)
+        names = {one["name"] for one in told(worker, "GET", "/adapters")[1]["adapters"]}
+        assert {"a", "a1", "a2", "b"} <= names
+        assert told(worker, "DELETE", "/workflows/a")[0] == 200
+        assert told(worker, "GET", "/adapters/a")[0] == 404
+    with serve(MODELS / "adaptecho", **cache) as worker:
+        assert asked(worker, b"x", "/predictions/adapter1") == (200, b"a1weox")
+        assert asked(worker, b"x", "/predictions/a")[0] == 404
+
+
 def test_adaptecho_runs_as_it_does_in_djl_serving(serve, mill) -> None:
     with serve(MODELS / "adaptecho") as worker:
         assert asked(worker, b"text") == (200, b"text")

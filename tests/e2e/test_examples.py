@@ -1,10 +1,10 @@
-"""The README's example for those who come from DJL Serving, run as it stands there."""
+"""The README's examples of whole workers, run as they stand there."""
 
 import shutil
 
 import pytest
 
-from tests.e2e.conftest import PREFIX, Mill, wait_until
+from tests.e2e.conftest import PREFIX, Mill, Process, wait_until
 from tests.e2e.test_calls import call
 from tests.test_docs import blocks
 
@@ -51,3 +51,31 @@ def test_a_folder_of_djl_serving_s_answers_jobs_and_calls(
         assert late["generated_text"] not in texts
         shutil.rmtree(model / "adapters" / "late")
         assert call(worker, {"inputs": "Who goes there?", "adapters": "late"})[0] == 424
+
+
+def test_a_worker_of_one_workflow_has_its_model_and_answers_by_it(mill: Mill, base, adapter_paths):
+    folder = mill.folder / mill.new_name()
+    shutil.copytree(adapter_paths["red"], folder / "polite" / "pirate")
+    said = next(block for block in blocks("json") if '"workflow"' in block)
+    (folder / "polite" / "workflow.json").write_text(said.replace("s3://bucket/llama/", str(base)))
+    command = next(line for line in "\n".join(blocks("sh")).splitlines() if "worker --workflows ./" in line)
+    flags = command.partition("#")[0].replace("./polite", str(folder / "polite")).split()[2:]
+    environ = {
+        name: value
+        for name, value in mill.environ.items()
+        if not name.startswith("AWS_") and name not in {"LORAMILL_OUTPUT_PREFIXES", "LORAMILL_MODEL"}
+    }
+    worker = Process([*flags, "--cache-dir", str(folder / "c")], environ, folder / "log")
+    try:
+        worker.wait_ready()
+        asked = {"inputs": "Who goes there?", "parameters": {"max_new_tokens": 8}}
+        answers = [
+            call(worker, asked, path)
+            for path in ("/invocations", "/predictions/polite", f"/predictions/{base.name}")
+        ]
+        assert [status for status, _ in answers] == [200] * 3
+        plain, named, model = (answer["generated_text"] for _, answer in answers)
+        assert plain == named != model
+    finally:
+        worker.popen.kill()
+        worker.popen.wait(30)

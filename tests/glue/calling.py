@@ -22,6 +22,7 @@ from worker.core import Core, build_core
 from worker.http.adapters_api import AdaptersApi
 from worker.http.generation import CallLimits, Generation
 from worker.http.inference_api import HttpLimits, InferenceApi
+from worker.http.models_api import ModelsApi, Served
 from worker.http.server import Apis, serving
 from worker.http.workflows_api import WorkflowsApi
 from worker.metrics import Metrics
@@ -117,10 +118,12 @@ async def calling(
             )
             api.registry = registered = AdapterRegistry(adapters, shelf, bridge)
             await registered.start()
-        chains = WorkflowsApi(lambda url: fetch_workflow(url, MemoryStore()), lambda: said[0].reason)
-        chains.workflows = Workflows(registered, [MODEL_URL], [model], tmp_path / "workflows")
-        await chains.workflows.start()
-        calls.is_workflow = chains.workflows.knows
+        workflows_api = WorkflowsApi(lambda url: fetch_workflow(url, MemoryStore()), lambda: said[0].reason)
+        workflows_api.workflows = Workflows(registered, [MODEL_URL], [model], tmp_path / "workflows")
+        await workflows_api.workflows.start()
+        served = Served(model, MODEL_URL, 4, max_calls)
+        models = ModelsApi(served, lambda: said[0].reason, lambda: calls.num_calls)
+        calls.workflows = models.workflows = workflows_api.workflows
         directory = AdapterDirectory(
             adapters, 30.0, registered=registered.find if registered is not None else lambda _: None
         )
@@ -129,10 +132,10 @@ async def calling(
             core.base.tokenizer,
             directory,
             max_rows=in_flight_rows,
-            workflow=chains.workflows.find,
+            workflow=workflows_api.workflows.find,
         )
         limits, names = CallLimits(max_rows, timeout_seconds), [model, "org/tiny"]
-        generation = Generation(rows.answer, limits, names, chains.workflows.knows)
+        generation = Generation(rows.answer, limits, names, workflows_api.workflows.knows)
         calls.generation = generation
         if registered is not None:
             calls.adapters = registered.names
@@ -142,7 +145,7 @@ async def calling(
             registry,
             lambda: said[0].reason,
             token=token,
-            apis=Apis(api, calls, metrics, chains),
+            apis=Apis(api, calls, metrics, workflows_api, models),
         ) as port:
             worker = Worker(session, port)
             said.append(worker)

@@ -265,7 +265,7 @@ def test_paths_and_methods_that_are_not_there(run):
         assert refused(answer, 404, "The model other was not found")
         answer = await worker.invoke({"inputs": "x"}, "/invocations?model_name=a%2Fb")
         assert refused(answer, 404, "The model a/b was not found")
-        for target in ("/predictions", "/predictions/", "/predictions/tiny/1", "/invocations/x", "/ping/x"):
+        for target in ("/predictions", "/predictions/", "/predictions/tiny/1/x", "/invocations/x", "/ping/x"):
             answer = await worker.invoke({"inputs": "x"}, target)
             assert refused(answer, 404, "Requested resource is not found", "ResourceNotFoundException")
         for method, target in (("GET", "/invocations"), ("PUT", "/predictions/tiny"), ("POST", "/ping")):

@@ -6,7 +6,7 @@ import pytest
 
 from adapters_sync.base_model import BaseModelFile
 from adapters_sync.layout import MirrorPaths
-from worker import sides
+from worker import tell_mirrors
 from worker.engine.adapters.adapter import Target
 from worker.settings import read_settings
 
@@ -25,7 +25,7 @@ def told(tmp_path):
     def tell(**flags):
         folder = tmp_path / "model" / "adapters"
         settings = read_settings(environ={}, flags={"model": "hub/id", "adapters_dir": str(folder)} | flags)
-        sides._tell_mirrors(settings, TARGETS)
+        tell_mirrors.tell_mirrors(settings, TARGETS)
         file = BaseModelFile(MirrorPaths(folder))
         file.look()
         return file.model
@@ -62,7 +62,7 @@ def test_a_failure_to_tell_is_a_warning(told, tmp_path, monkeypatch, caplog):
     def full(paths, model):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sides, "write_base_model", full)
+    monkeypatch.setattr(tell_mirrors, "write_base_model", full)
     with caplog.at_level(logging.WARNING):
         assert told() is None
     assert "cannot tell mirrors" in caplog.text

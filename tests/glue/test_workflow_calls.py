@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.glue.calling import MODEL_URL, Worker, make_core, serve
+from tests.glue.calling import MODEL, MODEL_URL, Worker, make_core, serve
 from tests.glue.test_calls import curl
 from tests.test_docs import README, blocks
 from worker.http import workflows_api
@@ -187,6 +187,29 @@ def test_every_call_of_one_that_cannot_be_served_says_why(play, tmp_path):
         assert (await worker("GET", "/workflows/broken")).body["message"].startswith(why)
         assert (await worker("DELETE", "/workflows/broken")).status == 200
         assert (await worker("DELETE", "/workflows/broken")).status == 404
+
+    play(scenario)
+
+
+def test_calls_that_name_no_model_are_for_the_only_workflow_if_that_is_all_there_is(play, tmp_path):
+    async def scenario(worker: Worker):
+        await worker("POST", "/workflows", url=written(tmp_path))
+        base = await text_of(worker, "/invocations", "hello there")
+        polite = await text_of(worker, "/predictions/polite", "hello there")
+        assert base != polite
+        worker.calls.plain = "polite"
+        assert await text_of(worker, "/invocations", "hello there") == polite
+        assert await text_of(worker, f"/predictions/{MODEL}", "hello there") == base
+        assert await text_of(worker, f"/invocations?model_name={MODEL}", "hello there") == base
+        asked = {"prompt": "hello there", "max_tokens": 6, "temperature": 0}
+        for named, expected in (({}, polite), ({"model": MODEL}, base), ({"model": "polite"}, polite)):
+            said = await worker.invoke(asked | named, "/v1/completions")
+            assert (said.status, said.body["choices"][0]["text"]) == (200, expected)
+        said = await worker.invoke({"inputs": "x", "adapters": "polite.robot"})
+        assert (said.status, "has adapters of its own" in said.body["message"]) == (400, True)
+        await worker("DELETE", "/workflows/polite")
+        said = await worker.invoke({"inputs": "x"})
+        assert (said.status, said.body["message"]) == (404, "The model polite was not found")
 
     play(scenario)
 

@@ -214,12 +214,35 @@ def test_what_cannot_be_served_any_more_is_told_to_whoever_calls_it(play, tmp_pa
 def test_replacing_changes_what_differs_and_nothing_else(play):
     async def scenario(place):
         first = workflow(a=place.scene.source("a"))
-        await place.workflows.replace(first)
+        await place.workflows.serve(first)
         loaded = len(place.scene.loader.loading)
-        await place.workflows.replace(first)
+        await place.workflows.serve(first)
         assert len(place.scene.loader.loading) == loaded
-        await place.workflows.replace(workflow(b=place.scene.source("b", fill=2)))
+        await place.workflows.serve(workflow(b=place.scene.source("b", fill=2)))
         assert await place.scene.names() == ["w.b"]
+
+    play(scenario)
+
+
+def test_options_say_whether_an_adapter_is_loaded_and_stays(play):
+    async def scenario(place):
+        options = {"a": {"pin": True}, "b": {"preload": "false", "other": 1}}
+        said = {
+            "name": "w",
+            "models": {"m": MODEL},
+            "configs": {
+                "adapters": {
+                    key: {"model": "m", "src": place.scene.source(key, fill=len(one)), "options": one}
+                    for key, one in options.items()
+                }
+            },
+            "workflow": {"out": ["adapter", "a", ["adapter", "b", "in"]]},
+        }
+        await place.workflows.register(read_workflow(json.dumps(said).encode()))
+        loaded, kept = place.scene.loader.memory, place.scene.loader.pinned
+        assert [one.name for one in loaded] == [one.name for one in kept] == ["w.a"]
+        told = await place.scene.registry.describe("w.b")
+        assert (told.preload, told.pin, told.options) == (False, False, {"other": "1"})
 
     play(scenario)
 
@@ -295,7 +318,7 @@ def test_what_failed_at_a_restart_can_be_deleted_or_replaced(play, tmp_path):
         assert moved.workflows.knows("w")
         await moved.workflows.delete("w")
         assert await moved.scene.names() == ["v.a"]
-        await moved.workflows.replace(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))
+        await moved.workflows.serve(workflow("v", "s3://moved/", a=place.scene.source("b", fill=2)))
         assert (moved.workflows.names, moved.workflows.failed) == (["v"], {})
 
     play(scenario)

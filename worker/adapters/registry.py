@@ -78,8 +78,8 @@ class AdapterRegistry:
         folder: Path,
         shelf: Shelf,
         loader: Loader,
-        *,
         code: Code | None = None,
+        *,
         max_rank: int | None = None,
     ) -> None:
         """`code` runs what adapters bring; None is nobody.

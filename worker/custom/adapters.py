@@ -102,6 +102,15 @@ class HandlerAdapters:
         names, following = page_of(sorted(self._known), begin, limit)
         return [info_of(self._known[name]) for name in names], following
 
+    async def names(self) -> list[str]:
+        """Of all adapters."""
+        return sorted(self._known)
+
+    async def source_of(self, name: str) -> str | None:
+        """Where a registered adapter that can be used came from; None when none has the name."""
+        known = self._known.get(name)
+        return None if known is None or known.trouble is not None else known.said.src
+
     async def describe(self, name: str) -> AdapterInfo:
         """One adapter. Raises UnknownAdapter."""
         return info_of(self._known_as(name))

@@ -1,5 +1,6 @@
 """The rows of a job, each through a custom handler to its result: as `delivery.rows` for the engine."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from worker.errors import (
     HandlerDied,
     HandlerRefusedRow,
     InvalidLine,
-    ModelNotFound,
     OutOfMemory,
     RowError,
 )
 from worker.jobs import FinishReason, Row, RowResult, SamplingParams, Task
 from worker.wire.checks import failure_of
+from worker.workflows.chain import no_workflow, run_chain
+from worker.workflows.definition import Workflow
 
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _DEFAULTS = SamplingParams()
@@ -46,15 +48,23 @@ class HandlerRows(RowRunner):
         adapters: HandlerAdapters | None,
         flow: FlowControl,
         *,
+        workflow: Callable[[str], Workflow] = no_workflow,
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(flow, clock)
         self._handler = handler
         self._known = adapters
+        self._workflow = workflow
 
     async def _run(self, hold: Hold, row: Row) -> RowResult:
         if row.failure is not None:
             return RowResult(row=row, failure=row.failure)
+        if row.workflow is not None:
+            try:
+                workflow = self._workflow(row.workflow)
+            except RowError as exc:
+                return RowResult(row=row, failure=failure_of(exc))
+            return await run_chain(workflow, row, functools.partial(self._run, hold))
         version = None if self._known is None else self._known.version(row.adapter or "")
         try:
             self._refuse_late(hold)
@@ -69,8 +79,6 @@ class HandlerRows(RowRunner):
             return RowResult(row=row, adapter_version=version, failure=failure_of(exc))
 
     async def _answer(self, row: Row) -> tuple[Answer, bytes]:
-        if row.workflow is not None:
-            raise ModelNotFound(f"The model {row.workflow} was not found: a custom handler has no workflows")
         if row.adapter is not None and self._known is not None:
             trouble = self._known.trouble(row.adapter)
             if trouble is not None:

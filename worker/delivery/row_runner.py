@@ -49,7 +49,7 @@ class RowRunner(ABC):
     """
 
     keeps_raw = False
-    """Whether rows must be kept as they were sent, for formatters."""
+    """Whether rows must be kept as they were sent."""
 
     def __init__(self, flow: FlowControl, clock: Callable[[], float] = time.time) -> None:
         self._flow = flow

@@ -83,8 +83,8 @@ class EngineRows(RowRunner):
         self._adapters = adapters
         self._workflow = workflow
         self._own_tokenizer = own_tokenizer
-        self.keeps_raw = formatters is not None
         self._formatters = formatters
+        self.keeps_raw = formatters is not None
         self._numbers = itertools.count()
         self._encoders = ThreadPoolExecutor(4, "encoder")
         """For rows of messages: adapters' tokenizers may be slow, and S3 and files need threads as well."""

@@ -51,6 +51,8 @@ class Call(NamedTuple):
     """What the rows are put through, where the model was called by a workflow's name."""
     shape: str | None = None
     """`chat` or `completion`, where the route says which of OpenAI's bodies it takes."""
+    is_plain: bool = False
+    """Whether no model was named: then a body may name one."""
 
 
 class Reply(NamedTuple):
@@ -156,8 +158,8 @@ class Generation:
                 keeps_raw=said.by_row,
             )
         workflow, model = call.workflow, body.get("model")
-        if workflow is None and isinstance(model, str) and self._is_workflow(model):
-            workflow = model
+        if isinstance(model, str) and (workflow is None or call.is_plain):
+            workflow = model if self._is_workflow(model) else None
         rest, streams, with_usage = read_streaming(body)
         row = read_openai_call(
             rest, shape, call_id=call.id, adapter=call.adapter, base_models=names, workflow=workflow

@@ -15,15 +15,18 @@ from multidict import CIMultiDict
 
 from worker.custom.answers import Answer, failure
 from worker.custom.handler import CustomHandler
+from worker.custom.messages import Content
 from worker.errors import HandlerBusy, HandlerDied
 from worker.http.answers import Refused
 from worker.http.bodies import BODY_SECONDS, BROKEN, read_body, too_large, too_slow
 from worker.http.requests import while_there
 from worker.http.streaming import send_pieces
+from worker.workflows.definition import IN, OUT, Workflow
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
+_ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 _MODEL_HEADER = "x-amzn-sagemaker-target-model"
 _MOST_PARAMETERS = 1000
 _OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
@@ -47,24 +50,49 @@ class HandlerApi:
         self._handler = handler
         self._max_body_bytes = max_body_bytes
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        """What the handler says. Raises Refused for a request that it is not asked about."""
-        found = await self._ask(request)
+    async def answer(self, request: web.Request, workflow: Workflow | None = None) -> web.StreamResponse:
+        """What the handler says, to the last of the workflow's calls if there is one.
+
+        Raises Refused for a request that it is not asked about.
+        """
+        found = await self._ask(request, workflow)
         if found.pieces is None:
             return _response(found, found.body)
         return await _streamed(request, found)
 
-    async def _ask(self, request: web.Request) -> Answer:
+    async def _ask(self, request: web.Request, workflow: Workflow | None) -> Answer:
         properties = properties_of(request.headers)
         content = [(name, value.encode()) for name, value in _parameters(request.rel_url.raw_query_string)]
         content += await _sent(request, self._max_body_bytes)
-        asking = self._handler.call(self._handler.function, properties, tuple(content))
+        named = _ADAPTER_HEADER in request.headers or any(name == "adapter" for name, _ in content)
+        if workflow is not None and named:
+            raise Refused(
+                400, f"An adapter is named, and the workflow {workflow.name} has adapters of its own"
+            )
+        if workflow is None:
+            asking = self._handler.call(self._handler.function, properties, tuple(content))
+        else:
+            asking = self._chained(workflow, properties, tuple(content))
         try:
             return await while_there(request, asking)
         except HandlerBusy as error:
             raise Refused(503, str(error)) from error
         except HandlerDied as error:
             return Answer(failure(str(error)))
+
+    async def _chained(self, workflow: Workflow, properties: dict[str, str], content: Content) -> Answer:
+        """What one call is answered is the content of the next; an adapter's name is added as `adapter`."""
+        said: dict[str, Content] = {IN: content}
+        for call in workflow.calls:
+            asked = said[call.argument]
+            if call.adapter is not None:
+                asked = (*asked, ("adapter", workflow.adapter_name(call.adapter).encode()))
+            found = await self._handler.call(self._handler.function, properties, asked)
+            if found.is_failure or call.value == OUT:
+                break
+            body = await found.read()
+            said[call.value] = found.content if found.pieces is None else (("data", body),)
+        return found
 
 
 def properties_of(headers: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Calling models over HTTP, as DJL Serving and SageMaker do.
 
 POST /invocations               the worker's model, or the one that ?model_name= names
-POST /predictions/{model}       the model of this name
+POST /predictions/{model}       the model of this name; /{version} may follow
+POST /models/{model}/invoke     the same
 GET  /ping                      200 when calls are answered, else 503 with the reason
 POST /v1/chat/completions       as OpenAI's: `model` is the base model's name or an adapter's
 POST /v1/completions            likewise
@@ -28,6 +29,7 @@ from worker.http.streaming import send_pieces
 from worker.metrics import Metrics
 from worker.wire.openai_calls import write_models
 from worker.wire.openai_rows import URLS
+from worker.workflows.registry import Workflows
 
 PREFIXES = frozenset({"invocations", "predictions", "ping", "v1"})
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
@@ -57,8 +59,10 @@ class InferenceApi:
         """What answers; set once the model is loaded."""
         self.handler: HandlerApi | None = None
         """What answers in its place, where there is one."""
-        self.is_workflow: Callable[[str], bool] = lambda _: False
-        """Whether a name that is no model's is one of a workflow of the worker's model."""
+        self.plain: str | None = None
+        """The workflow that is meant where a call names no model; None is the model itself."""
+        self.workflows: Workflows | None = None
+        """Those of the worker's model; set once it is loaded."""
         self.adapters: Callable[[], Awaitable[list[str]]] = _none
         """Names of those that can be asked for."""
         self.num_calls = 0
@@ -69,7 +73,8 @@ class InferenceApi:
 
     def is_ours(self, request: web.Request) -> bool:
         """Whether a request is for this API."""
-        return segments_of(request)[0] in PREFIXES
+        segments = segments_of(request)
+        return segments[0] in PREFIXES or (segments[0] == "models" and segments[2:] == ["invoke"])
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request. Raises Refused and LoramillError."""
@@ -90,7 +95,7 @@ class InferenceApi:
         await self._idle.wait()
 
     async def _run(self, request: web.Request) -> web.StreamResponse:
-        segments, model, shape = segments_of(request), None, None
+        segments, model, shape, version = segments_of(request), None, None, None
         match segments:
             case ["ping"] | ["v1", "models"]:
                 expect_method(request, "GET", "HEAD")
@@ -99,34 +104,40 @@ class InferenceApi:
                 return answer(await self._list() if listed else {"status": "Healthy"})
             case ["invocations"]:
                 pass
-            case ["predictions", segment]:
+            case ["predictions", segment] | ["models", segment, "invoke"]:
                 model = decoded(segment)
+            case ["predictions", segment, last]:
+                model, version = decoded(segment), decoded(last)
             case ["v1", *_] if "/" + "/".join(segments) in URLS:
                 shape = URLS["/" + "/".join(segments)]
             case _:
                 raise no_route()
         expect_method(request, "POST")
         if self.handler is not None:
-            return await self._handled(request, model, shape, self.handler)
-        return await self._call(request, model, shape)
+            return await self._handled(request, model, shape, version, self.handler)
+        return await self._call(request, model, shape, version)
 
     async def _list(self) -> dict[str, Any]:
         return write_models(self._model, await self.adapters())
 
-    async def _call(self, request: web.Request, name: str | None, shape: str | None) -> web.StreamResponse:
+    async def _call(
+        self, request: web.Request, name: str | None, shape: str | None, version: str | None
+    ) -> web.StreamResponse:
         parameters = Parameters(request.rel_url.raw_query_string)
         if name is None and shape is None:
             name = parameters.take("model_name")
+        if version is None and shape is None:
+            version = parameters.take("model_version")
         adapter = _adapter(request, parameters.take("adapter"))
         parameters.end()
         content_type = _content_type(request)
         generation = expect_ready(self._not_ready(), self.generation)
-        workflow = None if name in {None, self._model} else name
-        if workflow is not None and not self.is_workflow(workflow):
-            raise Refused(404, f"The model {name} was not found")
+        is_plain = name is None
+        workflow = self.plain if name is None else None if name == self._model else name
+        self._expect_model(workflow, version)
         with self._at_work():
             body = await read_body(request, self._limits.max_body_bytes, self._limits.body_seconds)
-            call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape)
+            call = Call(uuid.uuid4().hex, body, content_type, adapter, workflow, shape, is_plain)
             reply = await while_there(request, generation.answer(call))
             try:
                 if reply.pieces is None:
@@ -139,15 +150,33 @@ class InferenceApi:
                     self._metrics.http_rows.labels(outcome).inc()
 
     async def _handled(
-        self, request: web.Request, name: str | None, shape: str | None, handler: HandlerApi
+        self,
+        request: web.Request,
+        name: str | None,
+        shape: str | None,
+        version: str | None,
+        handler: HandlerApi,
     ) -> web.StreamResponse:
         expect_ready(self._not_ready(), handler)
         if shape is not None:
             raise no_route()
-        if name not in {None, self._model}:
-            raise Refused(404, f"The model {name} was not found")
+        workflow = self.plain if name is None else None if name == self._model else name
+        self._expect_model(workflow, version)
         with self._at_work():
-            return await handler.answer(request)
+            if workflow is None or self.workflows is None:
+                return await handler.answer(request)
+            return await handler.answer(request, self.workflows.describe(workflow))
+
+    def _expect_model(self, workflow: str | None, version: str | None) -> None:
+        """Raises Refused, and UnknownWorkflow, for one that is not there. The model itself has no version."""
+        if workflow is None:
+            name, own = self._model, None
+        elif self.workflows is None or not self.workflows.knows(workflow):
+            raise Refused(404, f"The model {workflow} was not found")
+        else:
+            name, own = workflow, self.workflows.describe(workflow).version
+        if version not in {None, own}:
+            raise Refused(404, f"The model {name} was not found in version {version}")
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

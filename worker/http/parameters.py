@@ -4,9 +4,9 @@ import re
 from urllib.parse import parse_qsl
 
 from worker.http.answers import Refused
+from worker.wire.checks import BOOLEANS
 
 _MOST = 100
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 
@@ -42,9 +42,9 @@ class Parameters:
         value = self.take(name)
         if value is None:
             return None
-        if value.lower() not in _BOOLEANS:
+        if value.lower() not in BOOLEANS:
             raise Refused(400, f"The parameter {name} is {value!r}; it must be true or false (1, 0, yes, no)")
-        return _BOOLEANS[value.lower()]
+        return BOOLEANS[value.lower()]
 
     def number(self, name: str, default: int, *, least: int, most: int | None = None) -> int:
         value = self.take(name)

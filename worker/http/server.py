@@ -16,6 +16,7 @@ from worker.http.adapters_api import AdaptersApi, is_ours
 from worker.http.answers import Refused, refusal
 from worker.http.codes import refused_for
 from worker.http.inference_api import InferenceApi
+from worker.http.models_api import ModelsApi
 from worker.http.paths import segments_of
 from worker.http.requests import no_route
 from worker.http.workflows_api import WorkflowsApi
@@ -40,6 +41,7 @@ class Apis(NamedTuple):
     calls: InferenceApi | None = None
     metrics: Metrics | None = None
     workflows: WorkflowsApi | None = None
+    models: ModelsApi | None = None
 
 
 @asynccontextmanager
@@ -77,6 +79,8 @@ async def serving(
     middlewares += [_in_json, _refusing_browsers if token is None else _asking_for(token)]
     if apis.calls is not None:
         middlewares.append(_sending(apis.calls.is_ours, apis.calls.handle))
+    if apis.models is not None:
+        middlewares.append(_sending(apis.models.is_ours, apis.models.handle))
     if apis.adapters is not None:
         middlewares.append(_sending(is_ours, apis.adapters.handle))
     if apis.workflows is not None:
@@ -109,8 +113,9 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def _counting(metrics: Metrics) -> Callable[..., Awaitable[web.StreamResponse]]:
     @web.middleware
     async def count(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        first = segments_of(request)[0]
-        route = "adapters" if is_ours(request) else first if first in HTTP_ROUTES else "other"
+        first, *rest = segments_of(request)
+        of_adapters = first == "adapters" or rest[1:2] == ["adapters"]
+        route = "adapters" if of_adapters else first if first in HTTP_ROUTES else "other"
         started, status = time.monotonic(), 500
         try:
             answer = await handler(request)

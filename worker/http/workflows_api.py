@@ -36,8 +36,6 @@ class WorkflowsApi:
         self._fetch = fetch
         self._not_ready = not_ready
         self.workflows: Workflows | None = None
-        self.refusal: str | None = None
-        """Why there are none, and never will be."""
 
     def is_ours(self, request: web.Request) -> bool:
         return segments_of(request)[0] == PREFIX
@@ -48,8 +46,6 @@ class WorkflowsApi:
         if len(names) > 2:
             raise no_route()
         expect_method(request, "GET", "DELETE" if names else "POST")
-        if self.refusal is not None:
-            raise Refused(400, self.refusal)
         workflows = expect_ready(self._not_ready(), self.workflows)
         await expect_no_body(request)
         parameters = Parameters(request.rel_url.raw_query_string)

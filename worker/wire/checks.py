@@ -12,6 +12,9 @@ from worker.jobs import Failure, Task
 
 _SHOWN = 60
 
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""What a text may be that says yes or no, in lower case."""
+
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
     """The JSON object that a body is. Raises InvalidMessage."""

@@ -2,12 +2,13 @@
 
     {"name": "polite", "version": "0.1",
      "models": {"m": "s3://bucket/llama/"},
-     "configs": {"adapters": {"a": {"model": "m", "src": "s3://bucket/polite/", "options": {}}}},
+     "configs": {"adapters": {"a": {"model": "m", "src": "s3://bucket/polite/", "options": {"pin": true}}}},
      "workflow": {"draft": ["m", "in"], "out": ["adapter", "a", "draft"]}}
 
 A value of `workflow` is a list of a function and its arguments: `adapter` takes the key of one in
 `configs.adapters` and a value, a model by its key takes a value. A value is `in`, the name of another value,
-or such a list itself. `out` is the answer.
+or such a list itself. `out` is the answer. Of an adapter's options `preload` and `pin` mean what they do when
+one is registered. In every text `{model_dir}` is the folder that the file is in.
 """
 
 import json
@@ -19,7 +20,7 @@ import msgspec
 
 from adapters_sync.layout import is_adapter_name
 from worker.errors import InvalidWorkflow
-from worker.wire.checks import show, unknown
+from worker.wire.checks import BOOLEANS, show, unknown
 
 IN, OUT, ADAPTER = "in", "out", "adapter"
 MAX_BYTES = 1 << 20
@@ -28,6 +29,7 @@ MAX_CALLS = 32
 TEMPLATES: Mapping[str, tuple[str, ...]] = {"adapter": ("adapter", "url", "model")}
 """Names of the templates, and what each is filled with."""
 
+_HERE = "{model_dir}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -44,9 +46,11 @@ class AdapterSource(msgspec.Struct, frozen=True):
     model: str
     src: str
     options: dict[str, str] = {}
+    preload: bool = True
+    pin: bool = False
 
 
-class Call(msgspec.Struct, frozen=True):
+class WorkflowCall(msgspec.Struct, frozen=True):
     """The model is asked for `value`, given the text of `argument`."""
 
     value: str
@@ -60,20 +64,26 @@ class Workflow(msgspec.Struct, frozen=True):
     version: str
     models: dict[str, ModelSource]
     adapters: dict[str, AdapterSource]
-    calls: tuple[Call, ...]
+    calls: tuple[WorkflowCall, ...]
     """Those that `out` needs, each after what it needs; the last one's value is `out`."""
+    bare: bool = False
+    """Whether its adapters are known by their keys alone, as a custom handler is told of them."""
 
     def adapter_name(self, key: str) -> str:
         """What the adapter of this key is registered as: other workflows may have the same key."""
-        return f"{self.name}.{key}"
+        return key if self.bare else f"{self.name}.{key}"
 
 
-def read_workflow(content: bytes) -> Workflow:
-    """Read a workflow.json. Raises InvalidWorkflow, which names the field, the value and what it must be."""
+def read_workflow(content: bytes, folder: str | None = None) -> Workflow:
+    """Read a workflow.json, which is in `folder`, unless nobody knows where.
+
+    Raises InvalidWorkflow, which names the field, the value and what it must be.
+    """
     if len(content) > MAX_BYTES:
         raise InvalidWorkflow(f"it has {len(content)} bytes; it may have {MAX_BYTES}")
     try:
         body = msgspec.json.decode(content)
+        body = body if folder is None else _filled(body, folder)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidWorkflow(f"it is not JSON: {error}") from error
     body = _object(body, "the workflow", ("name", "version", "models", "configs", "workflow"))
@@ -127,10 +137,10 @@ class _Order:
         self._values = values
         self._models = models
         self._adapters = adapters
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, WorkflowCall] = {}
         self._under_way: list[str] = []
 
-    def calls(self) -> Iterator[Call]:
+    def calls(self) -> Iterator[WorkflowCall]:
         if OUT not in self._values:
             raise InvalidWorkflow(f"workflow.{OUT} is missing; it is the answer")
         if IN in self._values:
@@ -187,7 +197,7 @@ class _Order:
         else:
             known = ", ".join([ADAPTER, *self._models])
             raise InvalidWorkflow(f"{where} applies {show(function)}, which is none of {known}")
-        self._calls[name] = Call(name, self._argument(name, arguments[-1]), adapter)
+        self._calls[name] = WorkflowCall(name, self._argument(name, arguments[-1]), adapter)
         self._calls[name] = self._calls.pop(name)  # behind what it needs
 
     def _argument(self, name: str, said: object) -> str:
@@ -199,6 +209,17 @@ class _Order:
             raise InvalidWorkflow(f"workflow.{inner} has a name that is taken")
         self._apply(inner, said)
         return inner
+
+
+def _filled(value: Any, folder: str) -> Any:
+    """JSON with the folder's name wherever a text asks for it."""
+    if isinstance(value, str):
+        return value.replace(_HERE, folder)
+    if isinstance(value, list):
+        return [_filled(one, folder) for one in value]
+    if isinstance(value, dict):
+        return {key: _filled(one, folder) for key, one in value.items()}
+    return value
 
 
 def _object(value: object, what: str, fields: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -215,11 +236,15 @@ def _model(key: str, said: object) -> ModelSource:
         raise InvalidWorkflow(f"models has the key {key}, which means something else in a workflow")
     if isinstance(said, str):
         said = {"url": said}
-    found = _object(said, f"models.{key}", ("url", "version"))
-    for name in ("url", "version"):
-        if not isinstance(found.get(name, ""), str) or (name == "url" and not found.get(name)):
+    # DJL Serving says modelUrl; it takes an id, and goes by the key.
+    found = _object(said, f"models.{key}", ("url", "modelUrl", "version", "id"))
+    if "url" in found and "modelUrl" in found:
+        raise InvalidWorkflow(f"models.{key} has url and modelUrl; it must have one of them")
+    place = "modelUrl" if "modelUrl" in found else "url"
+    for name in (place, "version", "id"):
+        if not isinstance(found.get(name, ""), str) or (name == place and not found.get(name)):
             raise InvalidWorkflow(f"models.{key}.{name} is {show(found.get(name))}; it must be text")
-    return ModelSource(found["url"], found.get("version", ""))
+    return ModelSource(found[place], found.get("version", ""))
 
 
 def _adapter(workflow: str, key: str, said: object, models: Mapping[str, ModelSource]) -> AdapterSource:
@@ -232,6 +257,13 @@ def _adapter(workflow: str, key: str, said: object, models: Mapping[str, ModelSo
         raise InvalidWorkflow(f"{where}.model is {show(model)}; it must be one of {', '.join(models)}")
     if not isinstance(src, str) or not src:
         raise InvalidWorkflow(f"{where}.src is {show(src)}; it must be a folder or s3://bucket/prefix/")
-    if not isinstance(options, dict) or not all(isinstance(one, str) for one in options.values()):
+    if not isinstance(options, dict) or any(isinstance(one, list | dict | None) for one in options.values()):
         raise InvalidWorkflow(f"{where}.options is {show(options)}; it must be an object of texts")
-    return AdapterSource(model, src, options)
+    texts = {name: one if isinstance(one, str) else json.dumps(one) for name, one in options.items()}
+    flags = {}
+    for name in {"preload", "pin"} & texts.keys():
+        text = texts.pop(name)
+        if text.lower() not in BOOLEANS:
+            raise InvalidWorkflow(f"{where}.options.{name} is {show(text)}; it must be true or false")
+        flags[name] = BOOLEANS[text.lower()]
+    return AdapterSource(model, src, texts, **flags)

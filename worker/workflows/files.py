@@ -27,12 +27,13 @@ async def fetch_workflow(url: str, store: Store) -> Workflow:
         place = url if url.endswith(".json") else f"{url.rstrip('/')}/{FILE}"
         with reading(f"url is {url!r}", InvalidWorkflow):
             content, _ = await store.get(place, max_bytes=MAX_BYTES)
-        return _placed(read_workflow(content), place.rpartition("/")[0])
+        folder = place.rpartition("/")[0]
+        return _placed(read_workflow(content, folder), folder)
     try:
-        place, content = await asyncio.to_thread(_read, path_of_url(url, "url"))
+        folder, content = await asyncio.to_thread(_read, path_of_url(url, "url"))
     except OSError as error:
         raise InvalidWorkflow(f"url is {url!r}, which cannot be read: {error.strerror}") from error
-    return _placed(read_workflow(content), place)
+    return _placed(read_workflow(content, folder), folder)
 
 
 def _read(name: str) -> tuple[str, bytes]:

@@ -6,15 +6,15 @@ version are. One that names another model is refused, since its rows would be an
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from worker.adapters.places import path_of_url
 from worker.adapters.registrations import replace_file
-from worker.adapters.registry import AdapterRegistry
 from worker.errors import (
     AdapterTaken,
     InvalidWorkflow,
@@ -36,28 +36,54 @@ class _Failed(NamedTuple):
     """None if even that cannot be read."""
 
 
+class Adapters(Protocol):
+    """Where a workflow's adapters are registered: see AdapterRegistry, HandlerAdapters."""
+
+    async def names(self) -> list[str]: ...
+    async def source_of(self, name: str) -> str | None: ...
+    async def register(
+        self, name: str, src: str, *, preload: bool, pin: bool, options: Mapping[str, str] | None
+    ) -> object: ...
+    async def update(
+        self,
+        name: str,
+        *,
+        src: str | None,
+        preload: bool | None,
+        pin: bool | None,
+        options: Mapping[str, str] | None,
+    ) -> object: ...
+    async def delete(self, name: str) -> object: ...
+
+
 class Workflows:
     """Use it from one event loop. A workflow is registered whole, with all its adapters, or not at all."""
 
     def __init__(
         self,
-        adapters: AdapterRegistry | None,
+        adapters: Adapters | None,
         urls: Collection[str],
         reserved: Collection[str],
         folder: Path | None,
+        *,
+        bare: bool = False,
     ) -> None:
         """`urls` are the places of the worker's model, `reserved` names that no workflow may have.
 
-        `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart.
+        `adapters` None means that LoRA is off. `folder` keeps what was registered over a restart. `bare`
+        has adapters known by their keys alone.
         """
+        self._bare = bare
         self._adapters = adapters
-        self._urls = {_canonical(url) for url in urls}
+        self._urls = {canonical(url) for url in urls}
         self._reserved = frozenset(reserved)
         self._folder = folder
         self._workflows: dict[str, Workflow] = {}
         self._failed: dict[str, _Failed] = {}
         """Those that were there before and cannot be served now."""
         self._changing = asyncio.Lock()
+        self.of_settings = set[str]()
+        """Names of those that the settings ask for."""
 
     def find(self, name: str) -> Workflow:
         """Raises ModelNotFound, with the reason for one that cannot be served."""
@@ -93,7 +119,7 @@ class Workflows:
             try:
                 if workflow is None:
                     raise InvalidWorkflow(f"{path} cannot be read")
-                await self._register(workflow)
+                await self._register(self._named(workflow))
             except LoramillError as error:
                 self._failed[path.stem] = _Failed(str(error), workflow)
                 logger.error(  # noqa: TRY400 (what it was is in the message)
@@ -107,10 +133,13 @@ class Workflows:
         Raises RegistrationError or RowError, and then nothing is registered; AdapterTaken when something has
         the name.
         """
+        workflow = self._named(workflow)
         async with self._changing:
             if workflow.name in self._workflows or workflow.name in self._reserved:
                 raise AdapterTaken(f"The workflow {workflow.name} is registered already")
-            if self._adapters is not None and workflow.name in await self._adapters.names():
+            # No handler is asked by OpenAI's model.
+            others = [] if self._adapters is None or self._bare else await self._adapters.names()
+            if workflow.name in others:
                 raise AdapterTaken(f"An adapter is called {workflow.name}; OpenAI's model may name either")
             fresh = await self._register_adapters(workflow, owned=workflow.name in self._failed)
             try:
@@ -120,8 +149,10 @@ class Workflows:
                 raise StorageFull(f"The workflow {workflow.name} cannot be kept: {error}") from error
             self._take(workflow)
 
-    async def replace(self, workflow: Workflow) -> None:
-        """As `register`, but a workflow that has the name goes first, unless it is the same."""
+    async def serve(self, workflow: Workflow) -> None:
+        """As `register`, for one of the settings: another that has the name goes first."""
+        self.of_settings.add(workflow.name)
+        workflow = self._named(workflow)
         if self._workflows.get(workflow.name) == workflow:
             return
         if workflow.name in self._workflows:
@@ -152,6 +183,9 @@ class Workflows:
             await self._register_adapters(workflow, owned=True)
             self._take(workflow)
 
+    def _named(self, workflow: Workflow) -> Workflow:
+        return msgspec.structs.replace(workflow, bare=self._bare)
+
     def _take(self, workflow: Workflow) -> None:
         self._failed.pop(workflow.name, None)
         self._workflows[workflow.name] = workflow
@@ -173,13 +207,16 @@ class Workflows:
                 name = workflow.adapter_name(key)
                 if owned and await self._adapters.source_of(name) == source.src:
                     continue
+                said: dict[str, Any] = msgspec.structs.asdict(source)
+                src = said.pop("src")
+                del said["model"]
                 try:
-                    await self._adapters.register(name, source.src, options=source.options)
+                    await self._adapters.register(name, src, **said)
                     fresh.append(name)
                 except AdapterTaken:
                     if not owned:
                         raise
-                    await self._adapters.update(name, src=source.src, options=source.options)
+                    await self._adapters.update(name, src=src, **said)
         except BaseException:
             await asyncio.shield(self._forget(fresh))
             raise
@@ -193,7 +230,7 @@ class Workflows:
             if source.version
         }
         for key, source in workflow.models.items():
-            if _canonical(source.url) not in self._urls:
+            if canonical(source.url) not in self._urls:
                 served = " or ".join(sorted(self._urls))
                 raise InvalidWorkflow(
                     f"models.{key}.url is {source.url!r}; this worker serves {served} and no other model"
@@ -220,12 +257,16 @@ class Workflows:
                 )
 
 
-def _canonical(url: str) -> str:
-    """One spelling for each place: S3 prefixes and folders with and without a slash at the end."""
+def canonical(url: str) -> str:
+    """One spelling for each place: S3 prefixes and folders with and without a slash at the end.
+
+    Raises InvalidRegistration for a file:// URL that is none.
+    """
     if url.startswith("s3://"):
         return url.rstrip("/")
-    folder = Path(url.removeprefix("file://")).expanduser()
-    return str(folder.resolve()) if folder.exists() else url.rstrip("/")
+    path = path_of_url(url, "url")
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.exists() else path.rstrip("/")
 
 
 def _read_all(folder: Path | None) -> list[tuple[Path, Workflow | None]]:

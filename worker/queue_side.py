@@ -19,7 +19,7 @@ from worker.transport.store import S3Store
 logger = logging.getLogger(__name__)
 
 
-class Messages:
+class QueueSide:
     """A queue that is there, and the leases of what comes from it."""
 
     def __init__(self, settings: Settings, queue: SqsQueue, info: QueueInfo, keeper: LeaseKeeper) -> None:
@@ -44,7 +44,7 @@ class Messages:
 
 
 @asynccontextmanager
-async def open_messages(settings: Settings, clients: Clients) -> AsyncIterator[Messages | None]:
+async def open_queue_side(settings: Settings, clients: Clients) -> AsyncIterator[QueueSide | None]:
     """The queue's side, to the end of the block; None if there is no queue. Raises LoramillError."""
     if settings.queue_url is None:
         logger.info("there is no queue_url: calls over HTTP are all that is answered")
@@ -54,7 +54,7 @@ async def open_messages(settings: Settings, clients: Clients) -> AsyncIterator[M
     info = await queue.describe()
     _warn_about(info, settings)
     async with LeaseKeeper(queue, settings.visibility_timeout_seconds) as keeper:
-        yield Messages(settings, queue, info, keeper)
+        yield QueueSide(settings, queue, info, keeper)
 
 
 def _runner(
