@@ -202,6 +202,17 @@ def test_regular_expressions_of_the_base_are_allowed(base, tmp_path):
         AdapterTokenizers(Tokenizer(tiny.tokenizer())).read(folder)
 
 
+def test_a_regular_expression_is_refused_before_anything_is_made_of_it(core, base, tmp_path, monkeypatch):
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+        content["added_tokens"][-1]["normalized"] = True
+
+    folder = write_with(tmp_path / "slow", base, change)
+    monkeypatch.delattr("worker.engine.adapters.tokenizers.AutoTokenizer.from_pretrained")
+    with pytest.raises(AdapterInvalid, match="regular expression"):
+        core.tokenizers.read(folder)
+
+
 def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(core, base, tmp_path):
     tiny.make_adapter(tmp_path / "large", base, target_modules=["q_proj"])
     with (tmp_path / "large" / "tokenizer.json").open("wb") as file:

@@ -97,7 +97,7 @@ def test_adapter_is_named_in_the_record_or_by_the_job():
         ({"prompt": "a", "adapter": 5}, "modelInput.adapter is 5"),
         ({"prompt": "a", "max_gen_len": 5, "max_tokens": 5}, "'max_gen_len' is unknown"),
         ({"prompt": "a", "max_gen_len": 0}, "max_gen_len is 0; it must be a whole number from 1"),
-        ({"prompt": "a", "top_k": -1}, "top_k is -1"),
+        ({"prompt": "a", "top_k": -2}, "top_k is -2"),
         ({"prompt": "a", "max_tokens_to_sample": 5}, "'max_tokens_to_sample' is unknown"),
         ({"inputText": "a"}, "modelInput has neither prompt nor messages"),
         ({**CHAT, "anthropic_version": "bedrock-2023-05-31"}, "'anthropic_version' is unknown"),

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,8 @@ from worker.engine.chat_templates import ChatTemplates, TemplateTooSlow
 from worker.errors import InvalidLine
 from worker.jobs import ChatMessage
 
+TOKENIZER_FILE = "tokenizer.json"
+_WITH_PATTERNS = ("normalizer", "pre_tokenizer", "decoder")
 _REPLACEMENT = "�"
 _CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the first generated ones: some tokenizers spell a token by what is
@@ -75,8 +78,9 @@ class Tokenizer:
 
     @property
     def patterns(self) -> frozenset[str]:
-        """See `patterns_of`."""
-        return patterns_of(self._tokenizer)
+        """See `patterns_of` and `patterns_in`."""
+        file = Path(self._tokenizer.name_or_path, TOKENIZER_FILE)
+        return patterns_of(self._tokenizer) | (patterns_in(file) if file.is_file() else frozenset())
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt that the model's chat template makes of `messages`, ready for an answer.
@@ -150,11 +154,17 @@ class Tokenizer:
 
 
 def patterns_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The regular expressions in its tokenizer.json, or what transformers made of that."""
+    """The regular expressions that it puts texts through."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
-    parts = (rust.normalizer, rust.pre_tokenizer, rust.decoder) if rust is not None else ()
-    states = (json.loads(part.__getstate__()) for part in parts if part is not None)
-    return frozenset(pattern for state in states for pattern in _patterns(state))
+    parts = [getattr(rust, part, None) for part in _WITH_PATTERNS]
+    states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+    return frozenset(_patterns(states))
+
+
+def patterns_in(file: Path) -> frozenset[str]:
+    """The same of a tokenizer.json, of which transformers may make others. Raises OSError and ValueError."""
+    said = json.loads(file.read_bytes())
+    return frozenset(_patterns([said.get(part) for part in _WITH_PATTERNS] if isinstance(said, dict) else []))
 
 
 def _patterns(state: object) -> Iterator[str]:

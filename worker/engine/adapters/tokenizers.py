@@ -6,11 +6,11 @@ import weakref
 from collections import OrderedDict
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from worker.engine.adapters.config import CONFIG_FILE
 from worker.engine.chat_templates import ChatTemplates
-from worker.engine.tokenizer import Tokenizer, patterns_of
+from worker.engine.tokenizer import TOKENIZER_FILE, Tokenizer, patterns_in, patterns_of
 from worker.errors import AdapterInvalid
 from worker.jobs import AdapterKey
 
@@ -107,17 +107,19 @@ class AdapterTokenizers:
             while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
                 self._kept.popitem(last=False)
 
-    def _check_patterns(self, loaded: PreTrainedTokenizerBase) -> None:
+    def _check_patterns(self, patterns: frozenset[str]) -> None:
         """To be called before one of them is run."""
-        foreign = sorted(patterns_of(loaded) - self._patterns)
+        foreign = sorted(patterns - self._patterns)
         if foreign:
             reason = f"a regular expression that the base model's has not: {foreign[0][:200]}"
             raise AdapterInvalid(f"its tokenizer has {reason}", "file")
 
     def _load(self, folder: Path) -> Tokenizer:
         try:
+            if (file := folder / TOKENIZER_FILE).is_file():  # to load it may run it
+                self._check_patterns(patterns_in(file))
             loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            self._check_patterns(loaded)
+            self._check_patterns(patterns_of(loaded))
             own = None if loaded.chat_template == self._chat_templates else self._templates
             return Tokenizer(loaded, "the adapter's tokenizer", own)
         except (MemoryError, AdapterInvalid):
