@@ -39,6 +39,7 @@ from adapters_sync.state import AdapterState, AdapterStatus, MirrorState, read_s
 
 __all__ = [
     "MODEL_PY",
+    "PUBLISHED_MANIFEST",
     "AdapterFolder",
     "AdapterState",
     "AdapterStatus",

@@ -239,8 +239,6 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids; at least one."""
     adapter: AdapterKey | None = None
     params: SamplingParams = SamplingParams()
-    said: Mapping[str, Any] = {}
-    """Of a native row, the parameters that it or its job said, as they did."""
     fills: bool = False
     """Fewer tokens than `max_new_tokens` will do, where the adapter allows no more."""
     targets: tuple[int, ...] = ()

@@ -16,10 +16,19 @@ import pytest
 from adapters_sync.layout import AdapterFolder
 from adapters_sync.manifests import PublishedManifest
 from tests.custom.conftest import MODELS
+from tests.glue.support import until
 from worker.custom import formatter_host
 from worker.custom.formatters import Formatter, Formatters, NoCode
 from worker.custom.opening import find_entry_point, open_formatters
-from worker.errors import AdapterInvalid, EngineFailed, HandlerRefused, HandlerRefusedRow, ModelError
+from worker.errors import (
+    AdapterInvalid,
+    EngineFailed,
+    HandlerBusy,
+    HandlerRefused,
+    HandlerRefusedRow,
+    ModelError,
+    RowFailed,
+)
 from worker.settings import read_settings
 
 DJL = MODELS / "formatters"
@@ -172,6 +181,52 @@ def test_code_that_cannot_be_loaded_is_refused_and_not_tried_for_every_row(tmp_p
             await formatters.load(folder)  # who registers it again has it looked at again
             assert (await formatters.of(folder)).input is not None
             assert formatters.note(folder) is None
+
+    asyncio.run(play())
+
+
+def test_a_process_that_ends_while_it_looks_is_no_verdict_on_the_file(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    once = f"import os\nif not os.path.exists({str(mark)!r}):\n    open({str(mark)!r}, 'w').close()\n"
+    once += "    os._exit(9)\n"
+
+    async def play() -> None:
+        folder = adapter_in(tmp_path, once + UNRULY)
+        async with formatters_of(None) as formatters:
+            assert (await formatters.of(folder)).input is not None
+            assert formatters.num_restarts == 1
+
+    asyncio.run(play())
+
+
+def test_a_look_that_finds_too_many_waiting_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    async def busy(*_, **__):
+        raise HandlerBusy("1000 calls wait")
+
+    async def play() -> None:
+        folder = adapter_in(tmp_path, UNRULY)
+        async with formatters_of(None) as formatters:
+            with monkeypatch.context() as patch:
+                patch.setattr(formatters._handler, "call", busy)
+                with pytest.raises(RowFailed, match="adapter a wait: 1000 calls wait"):
+                    await formatters.of(folder)
+                with pytest.raises(HandlerRefused, match="1000 calls wait"):
+                    await formatters.load(folder)
+            assert (await formatters.of(folder)).input is not None
+
+    asyncio.run(play())
+
+
+def test_calls_that_end_with_the_formatters_say_that_nobody_formats_any_more(tmp_path: Path) -> None:
+    async def play() -> None:
+        folder = adapter_in(tmp_path, UNRULY)
+        async with formatters_of(None) as formatters:
+            own = await formatters.of(folder)
+            call = asyncio.create_task(run(formatters, own.input, inputs="loop"))
+            await asyncio.sleep(0)
+            await until(lambda: not formatters._handler._waiting)  # it is at work
+        with pytest.raises(EngineFailed, match="no formatter can be run"):
+            await call
 
     asyncio.run(play())
 

@@ -305,9 +305,19 @@ def test_the_formatters_of_the_readme_do_as_it_says(serve, mill, base, tmp_path)
     (folder / "model.py").write_text(code)
     lines = [line for line in text.splitlines() if line.startswith("curl") and '"question"' in line]
     (words,) = map(shlex.split, lines)
+    adapter(folder / "adapters" / "blue", base)
     with serve(folder) as worker:
         said = json.loads(curl(worker, words))
         assert said["length"] == len(said["generated_text"])
-        (line,) = results(mill, worker, inputs=[{"question": "What do bees make?"}])
+        question = {"question": "What do bees make?"}
+        rows = [question, {**question, "id": "own", "adapter": "blue"}]
+        line, own = results(mill, worker, inputs=rows)
         assert line["generated_text"] == said["generated_text"]
         assert line["response"] == {"length": said["length"]}
+        assert (own["id"], own["adapter"], own["error"]) == ("own", "blue", None)
+        assert own["generated_text"] != line["generated_text"]
+        for body, query in (({"adapters": "blue"}, {}), ({}, {"adapter": "blue"})):
+            status, said = ask(worker, {**question, **body}, **query)
+            assert (status, said["generated_text"]) == (200, own["generated_text"])
+        status, said = ask(worker, {"question": "x", "adapters": "nobody"})
+        assert (status, said["message"]) == (424, "Adapter nobody is not registered")

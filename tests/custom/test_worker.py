@@ -78,6 +78,10 @@ def test_adapter_workflows_run_as_they_do_in_djl_serving(serve, mill, tmp_path) 
         assert told(worker, "POST", "/workflows", **template)[0] == 200
         assert asked(worker, b"testRAWT", "/predictions/a") == (200, b"atestRAWT")
         assert asked(worker, b"x", "/predictions/nobody")[0] == 404
+        assert asked(worker, b"x", "/invocations", model_name="adapter1") == (200, b"a1weox")
+        assert asked(worker, b"x", "/invocations", model_name="nobody")[0] == 404
+        version = {"model_name": "adapter1", "model_version": "0.2"}
+        assert asked(worker, b"x", "/invocations", **version)[0] == 404
         assert asked(worker, b"x", "/predictions/adapter1", adapter="a2")[0] == 400
         assert told(worker, "POST", "/workflows", url=str(tmp_path))[0] == 200
         assert asked(worker, b"x", "/predictions/chain/0.1")[1].startswith(b"bbx")

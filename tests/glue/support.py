@@ -135,6 +135,8 @@ class WatchedQueue(MemoryQueue):
 class EchoRows:
     """In the place of EngineRows: answers a row with its own text in capitals."""
 
+    keeps_raw = False
+
     def __init__(self) -> None:
         self.hook: Hook = nothing
         self.computed: list[str] = []

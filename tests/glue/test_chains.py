@@ -47,7 +47,7 @@ CHAIN = {"first": ["adapter", "a", "in"], "out": ["adapter", "b", ["m", "first"]
 
 def test_formatters_are_asked_by_each_call_and_a_row_may_need_the_first_one_to_be_read():
     unread = failure_of(RowFailed("no input"))
-    raw = Raw({"question": "hi", "messages": [], "id": "x"}, {"details": True})
+    raw = Raw({"question": "hi", "parameters": {"seed": 1}, "id": "x"}, {"details": True})
     row = Row(index=0, id="x", workflow="w", raw=raw, failure=unread)
     params = SamplingParams(max_new_tokens=5)
     asked = []
@@ -59,7 +59,7 @@ def test_formatters_are_asked_by_each_call_and_a_row_may_need_the_first_one_to_b
     result = asyncio.run(run_chain(workflow(CHAIN), row, model))
     first, second, third = asked
     assert (first.raw, first.failure) == (raw, unread)
-    assert second.raw == Raw({"inputs": "to w.a", "question": "hi", "id": "x"}, {"details": True})
+    assert second.raw == Raw({"inputs": "to w.a", "parameters": {"seed": 1}, "id": "x"}, {"details": True})
     assert (second.text, second.failure, second.params) == ("to w.a", None, params)
     assert third.raw.item["inputs"] == "to None"
     assert result.text == "to w.b"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from adapters_sync.layout import MODEL_PY, PUBLISHED_MANIFEST
 from tests import parity, tiny
 from tests.glue.support import make_job, make_runner, run_rows
 from tests.glue.test_bridge import make_core
@@ -134,6 +135,17 @@ def test_a_template_in_a_file_of_any_name_makes_another_tokenizer(core, base, tm
         (tmp_path / name / "additional_chat_templates" / "more.jinja").write_text(f"I am {name}")
         found.append(core.tokenizers.read(tmp_path / name))
     assert found[0] is not found[1]
+
+
+def test_what_the_mirror_puts_beside_an_adapter_says_nothing_about_its_tokenizer(core, base, tmp_path):
+    found = []
+    for name in ("one", "other"):
+        tiny.make_adapter(tmp_path / name, base, target_modules=["q_proj"])
+        tiny.write_tokenizer(tmp_path / name, NAMES)
+        (tmp_path / name / PUBLISHED_MANIFEST).write_text(json.dumps({"name": name}))
+        (tmp_path / name / MODEL_PY).write_text(f"name = {name!r}")
+        found.append(core.tokenizers.read(tmp_path / name))
+    assert found[0] is found[1]
 
 
 def test_trouble_of_the_disk_says_nothing_about_a_tokenizer(core, base, tmp_path, monkeypatch):

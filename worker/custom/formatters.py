@@ -24,7 +24,9 @@ from worker.errors import (
     HandlerDied,
     HandlerRefused,
     HandlerRefusedRow,
+    LoramillError,
     ModelError,
+    RowFailed,
 )
 from worker.turns import Turns
 from worker.wire.results import encode
@@ -109,8 +111,10 @@ class Formatters:
         if self._folder is not None:
             try:
                 self._model = await self._look("", self._folder, "the model")
-            except BaseException:
+            except BaseException as error:
                 await self._handler.__aexit__()
+                if isinstance(error, LoramillError):
+                    raise ModelError(f"the formatters of the model cannot be used: {error}") from error
                 raise
         return self
 
@@ -125,15 +129,21 @@ class Formatters:
         """Raise EngineFailed when the process cannot be started any more."""
         await self._handler.wait()
 
-    async def of(self, adapter: AdapterFolder | None) -> Own:
-        """Those for rows with this adapter, or without any. Raises AdapterInvalid if they cannot be used."""
+    async def of(self, adapter: AdapterFolder | None, *, urgent: bool = True) -> Own:
+        """Those for rows with this adapter, or without any.
+
+        Raises AdapterInvalid if they cannot be used, RowFailed if that cannot be told now, and EngineFailed.
+        """
         if adapter is None:
             return self._model
         key = adapter.name, adapter.version
         found = self._known.get(key)
         if found is None:
             async with self._turns.of(adapter.name):
-                found = self._known.get(key) or await self._find(adapter)
+                try:
+                    found = self._known.get(key) or await self._find(adapter, urgent=urgent)
+                except HandlerBusy as error:
+                    raise RowFailed(f"The formatters of adapter {adapter.name} wait: {error}") from error
         if isinstance(found, str):
             raise AdapterInvalid(f"Adapter {adapter.name} is invalid: {found}", "file")
         return Own(found.input or self._model.input, found.output or self._model.output)
@@ -141,7 +151,10 @@ class Formatters:
     async def load(self, adapter: AdapterFolder) -> None:
         """As `of`, also when it was tried before. Raises HandlerRefused."""
         async with self._turns.of(adapter.name):
-            found = await self._find(adapter)
+            try:
+                found = await self._find(adapter)
+            except HandlerBusy as error:
+                found = str(error)
         if isinstance(found, str):
             raise HandlerRefused(f"Adapter {adapter.name} is invalid: {found}", 424)
 
@@ -180,13 +193,13 @@ class Formatters:
             raise HandlerRefusedRow(f"The {formatter} returned what is no JSON object: {error}") from error
         return made
 
-    async def _find(self, adapter: AdapterFolder) -> Own | str:
-        """What an adapter brings, or why that cannot be used; it is known from then on."""
-        key = adapter.name, adapter.version
+    async def _find(self, adapter: AdapterFolder, *, urgent: bool = True) -> Own | str:
+        """What an adapter brings, or why that cannot be used, as it is known then. Raises HandlerBusy."""
+        key, whose = (adapter.name, adapter.version), f"adapter {adapter.name}"
         found: Own | str = Own()
         if await asyncio.to_thread((adapter.path / MODEL_PY).is_file):
             try:
-                found = await self._look("/".join(key), adapter.path, f"adapter {adapter.name}")
+                found = await self._look("/".join(key), adapter.path, whose, urgent=urgent)
             except HandlerRefused as error:
                 found = str(error)
                 extra = {"adapter": adapter.name, "version": adapter.version, "reason": found}
@@ -198,13 +211,16 @@ class Formatters:
         self._known[key] = found
         return found
 
-    async def _look(self, key: str, folder: Path, whose: str) -> Own:
-        try:
-            answer = await self._handler.call("look", {}, _place(key, folder))
-        except (HandlerDied, HandlerBusy) as error:
-            if self._handler.has_ended:
-                raise EngineFailed(f"no formatter can be run: {error}") from error
-            raise HandlerRefused(f"its model.py cannot be loaded: {error}", 424) from error
+    async def _look(self, key: str, folder: Path, whose: str, *, urgent: bool = True) -> Own:
+        for again in (True, False):  # what ended the process may not have been this file
+            try:
+                answer = await self._handler.call("look", {}, _place(key, folder), urgent=urgent)
+                break
+            except HandlerDied as error:
+                if self._handler.has_ended:
+                    raise EngineFailed(f"no formatter can be run: {error}") from error
+                if not again:
+                    raise HandlerRefused(f"its model.py cannot be loaded: {error}", 424) from error
         if answer.is_failure:
             raise HandlerRefused(f"its model.py {answer.reason}", 424)
         return Own(*(_formatter(answer, kind, key, folder, whose) for kind in ("input", "output")))

@@ -95,6 +95,7 @@ class CustomHandler:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._ended = True  # whoever is told that a call failed may ask
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
         self._end(HandlerDied("the handler has been stopped"))

@@ -22,7 +22,7 @@ from worker.delivery.flow import FlowControl
 from worker.delivery.row_runner import Hold, RowRunner, T, cause_of
 from worker.engine.scoring import read_pair
 from worker.engine.tokenizer import Tokenizer
-from worker.errors import RowError, RowFailed, TimedOut
+from worker.errors import EngineFailed, RowError, RowFailed, TimedOut
 from worker.jobs import (
     AdapterKey,
     Completion,
@@ -93,7 +93,7 @@ class EngineRows(RowRunner):
     def close(self) -> None:
         """To be called when no row is at work any more: the threads end."""
         for threads in (self._encoders, self._urgent_encoders):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=False)
 
     async def answer(
         self,
@@ -172,7 +172,7 @@ class EngineRows(RowRunner):
         """The row as its input formatter makes it, and its output formatter. Raises RowError."""
         if self._formatters is None or not is_formatted(row):
             return row, None
-        own = await self._formatters.of(adapter)
+        own = await self._formatters.of(adapter, urgent=hold.interactive)
         if own.output is not None:
             hold.on_delta = None  # it is asked once, for all of the answer
         if own.input is None or row.raw is None:
@@ -203,7 +203,11 @@ class EngineRows(RowRunner):
 
     async def _on_thread(self, hold: Hold, work: Callable[..., T], *arguments: object) -> T:
         threads = self._urgent_encoders if hold.interactive else self._encoders
-        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+        try:
+            at_work = asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+        except RuntimeError as error:  # closed
+            raise EngineFailed("the engine has stopped") from error
+        return await at_work
 
     async def _submit(
         self, request: InferenceRequest, adapter: AdapterFolder | None, on_delta: OnDelta

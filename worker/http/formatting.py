@@ -9,7 +9,7 @@ from worker.custom.formatters import Formatters
 from worker.errors import HandlerRefusedRow, RowError
 from worker.http.answers import Refused
 from worker.jobs import Task
-from worker.wire.formatting import check_kept
+from worker.wire.formatting import KEPT, check_kept
 from worker.wire.openai_calls import shape_of
 
 
@@ -18,6 +18,8 @@ class Formatted(NamedTuple):
 
     body: dict[str, Any]
     by_row: bool = False
+    trouble: RowError | None = None
+    """Why the adapter that all of it is for cannot be used, and so its formatter was not asked."""
 
 
 class BodyFormatting:
@@ -46,18 +48,25 @@ class BodyFormatting:
                 if isinstance(name, str) and name:
                     folder = await stack.enter_async_context(self._adapters.use(name, float("inf")))
                 formatter = (await self._formatters.of(folder)).input
-            except RowError:  # what is wrong with the adapter, its rows say
-                formatter = (await self._formatters.of(None)).input
+            except RowError as error:
+                return Formatted(body, trouble=error)
             if formatter is None:
                 return Formatted(body)
             try:
                 made = await self._formatters.run(formatter, body, urgent=True)
                 check_kept(body, made, formatter)
+                _expect_one_adapter(made, formatter, adapter)
             except HandlerRefusedRow as error:
                 refused = Refused(424, str(error))
                 refused.outcome = error.code
                 raise refused from error
-        return Formatted(made)
+        return Formatted({name: body[name] for name in KEPT if name in body} | made)
+
+
+def _expect_one_adapter(made: Mapping[str, Any], who: object, adapter: str | None) -> None:
+    """Raise HandlerRefusedRow when a formatter gave rows adapters, and nobody beside the body says which."""
+    if adapter is None and _is_mixed(made):
+        raise HandlerRefusedRow(f"The {who} gave rows adapters of their own")
 
 
 def _is_mixed(body: Mapping[str, Any]) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from worker.errors import InvalidMessage
+from worker.errors import InvalidMessage, TimedOut
 from worker.http.answers import Refused
 from worker.http.formatting import BodyFormatting, Formatted
 from worker.jobs import Delta, Failure, OnDelta, Row, RowResult
 from worker.wire.calls import Asked, read_call, write_answer
-from worker.wire.checks import parse_object
+from worker.wire.checks import failure_of, parse_object
 from worker.wire.openai_calls import (
     read_openai_call,
     read_streaming,
@@ -102,13 +102,14 @@ class Generation:
 
     async def answer(self, call: Call) -> Reply:
         """Raises Refused and EngineFailed; so may the pieces of a stream, but for the first."""
+        said: Formatted | None = None
         try:
             # Reading a large body takes a while, and others are to be answered.
-            said = Formatted(await asyncio.to_thread(_body, call))
-            if self._formatting is not None and call.shape is None:
-                said = await self._formatting.format(said.body, adapter=call.adapter, workflow=call.workflow)
+            said = await self._formatted(call, await asyncio.to_thread(_body, call))
             asked = await asyncio.to_thread(self._read, call, said)
         except InvalidMessage as error:
+            if said is not None and said.trouble is not None:
+                raise _refusal(failure_of(said.trouble), is_openai=False) from error
             raise Refused(400, _sentence(error)) from error
         if asked.stream is not None:
             outcomes: list[str] = []
@@ -121,6 +122,17 @@ class Generation:
         body = await asyncio.to_thread(self._write, call, asked, results)
         outcomes = [failure.code if failure else "completed" for failure in failures]
         return Reply("application/json", None, body, outcomes)
+
+    async def _formatted(self, call: Call, body: dict[str, Any]) -> Formatted:
+        if self._formatting is None or call.shape is not None:
+            return Formatted(body)
+        seconds = self._limits.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._formatting.format(body, adapter=call.adapter, workflow=call.workflow)
+        except TimeoutError as error:
+            late = TimedOut(f"The body was not formatted within {seconds:g} s")
+            raise _refusal(failure_of(late), is_openai=False) from error
 
     async def _stream(
         self, call: Call, asked: Asked, stream: Streamed, outcomes: list[str]

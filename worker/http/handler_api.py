@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
 _ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
-_MODEL_HEADER = "x-amzn-sagemaker-target-model"
 _MOST_PARAMETERS = 1000
 _OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
 """Properties that say which function is called, with how many requests, and where."""

@@ -160,6 +160,8 @@ class InferenceApi:
         expect_ready(self._not_ready(), handler)
         if shape is not None:
             raise no_route()
+        query = request.rel_url.query  # which the handler is given, too
+        name, version = name or query.get("model_name"), version or query.get("model_version")
         workflow = self.plain if name is None else None if name == self._model else name
         self._expect_model(workflow, version)
         with self._at_work():

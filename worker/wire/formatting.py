@@ -12,7 +12,7 @@ from worker.wire.draft import Draft
 from worker.wire.native_rows import read_native
 from worker.wire.results import encode
 
-_KEPT = ("id", "adapter", "adapters")
+KEPT = ("id", "adapter", "adapters")
 """What a formatter may not change: it is chosen by them."""
 
 
@@ -34,16 +34,16 @@ def payload_of(row: Row) -> dict[str, Any]:
 
 
 def check_kept(before: Mapping[str, Any], after: Mapping[str, Any], who: object) -> None:
-    """Raise HandlerRefusedRow when a formatter changed whose row it is."""
-    for name in _KEPT:
-        if after.get(name) != before.get(name):
-            said = show(after.get(name))
+    """Raise HandlerRefusedRow when a formatter changed whose row it is; it need not repeat that."""
+    for name in KEPT:
+        if name in after and after[name] != before.get(name):
+            said = show(after[name])
             raise HandlerRefusedRow(f"The {who} changed {name} to {said}; it must stay what it was")
 
 
 def read_formatted(row: Row, payload: Mapping[str, Any]) -> Row:
     """The row with what a formatted payload asks for. Raises RowError as for any row."""
-    item = {name: value for name, value in payload.items() if name not in _KEPT}
+    item = {name: value for name, value in payload.items() if name not in KEPT}
     read = read_native(Draft(row.index, row.id, Given()), item)
     return msgspec.structs.replace(
         row,

@@ -1,7 +1,6 @@
 """A row through a workflow: the model's answer to one call is what the next is asked."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 
@@ -15,11 +14,8 @@ def _asked(row: Row, text: str) -> Raw | None:
     """What a later call's formatter gets: the answer before it, with the parameters that were sent."""
     if row.raw is None:
         return None
-    return msgspec.structs.replace(row.raw, item={"inputs": text} | _without(row.raw.item))
-
-
-def _without(item: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in item.items() if name not in {"input", "inputs", "messages"}}
+    kept = {name: value for name, value in row.raw.item.items() if name in {"id", "adapter", "parameters"}}
+    return msgspec.structs.replace(row.raw, item={"inputs": text} | kept)
 
 
 def no_workflow(name: str) -> Workflow:

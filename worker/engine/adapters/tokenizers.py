@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from adapters_sync.layout import MODEL_PY, PUBLISHED_MANIFEST
 from worker.engine.adapters.config import CONFIG_FILE
 from worker.engine.chat_templates import ChatTemplates
 from worker.engine.tokenizer import TOKENIZER_FILE, Tokenizer, patterns_in, patterns_of
@@ -25,6 +26,8 @@ _KEPT_BYTES = 256 << 20
 _REMEMBERED = 10_000
 """Versions of adapters whose files need not be looked at again."""
 _CHUNK_BYTES = 1 << 20
+_OF_OTHERS = frozenset({CONFIG_FILE, MODEL_PY, PUBLISHED_MANIFEST})
+"""Files that differ from adapter to adapter, and that no tokenizer is read from."""
 
 
 class AdapterTokenizers:
@@ -151,7 +154,7 @@ def _digest(folder: Path) -> bytes | None:
             raise AdapterInvalid(f"{path.name} has {size} bytes, {_MAX_FILE_BYTES} are allowed", "file")
     digest = hashlib.sha256()
     for path in files:
-        if not path.is_file() or path.name == CONFIG_FILE:
+        if not path.is_file() or path.name in _OF_OTHERS:
             continue
         content = hashlib.sha256()
         with path.open("rb") as file:
