@@ -14,7 +14,8 @@ _COMMITS = frozenset({"PutObject", "DeleteMessageBatch"})
 """Calls that commit something: results, a manifest, an ack."""
 _MOST_PASS = 5
 """How many of them pass an ambush, at most, before it strikes."""
-_LAST_DUE = 0.8
+_LAST_DUE = 0.6
+"""Later ones may find nobody at work any more: the last messages end nearly together."""
 
 
 class Rampage:
