@@ -100,6 +100,7 @@ def test_the_first_call_that_fails_ends_it():
     assert result.failure is None
     result, model = run(CHAIN, Row(index=0, id="0", text="q", workflow="w"), bad="w.a")
     assert result.failure is not None
+    assert result.failure.message.startswith("first of workflow w: ")
     assert (len(model.asked), result.row.adapter, result.prompt_tokens) == (1, "w.a", 5)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from worker.errors import InvalidLine, ModelNotFound
-from worker.jobs import Raw, Row, RowResult, Task
+from worker.jobs import Failure, Raw, Row, RowResult, Task
 from worker.wire.checks import failure_of
 from worker.workflows.definition import IN, Workflow
 
@@ -16,6 +16,14 @@ def _asked(row: Row, text: str) -> Raw | None:
         return None
     kept = {name: value for name, value in row.raw.item.items() if name in {"id", "adapter", "parameters"}}
     return msgspec.structs.replace(row.raw, item={"inputs": text} | kept)
+
+
+def _told_of(result: RowResult, failure: Failure, workflow: Workflow, value: str) -> RowResult:
+    """The failure with the call that it is of, where there are several."""
+    if len(workflow.calls) == 1:
+        return result
+    message = f"{value} of workflow {workflow.name}: {failure.message}"
+    return msgspec.structs.replace(result, failure=msgspec.structs.replace(failure, message=message))
 
 
 def no_workflow(name: str) -> Workflow:
@@ -48,6 +56,7 @@ async def run_chain(workflow: Workflow, row: Row, run: Callable[[Row], Awaitable
         prompt_tokens += result.prompt_tokens
         completion_tokens += result.completion_tokens
         if result.failure is not None:
+            result = _told_of(result, result.failure, workflow, call.value)
             break
         said[call.value] = result.text or ""
     # What is told of the row's input, and the shape of the answer, follow from what was sent.
