@@ -25,10 +25,10 @@ from worker.errors import (
 )
 from worker.jobs import FinishReason, Row, RowResult, SamplingParams, Task
 from worker.wire.checks import failure_of
+from worker.wire.native import ADAPTER_HEADER
 from worker.workflows.chain import no_workflow, run_chain
 from worker.workflows.definition import Workflow
 
-ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _DEFAULTS = SamplingParams()
 _WIRE_NAMES = {"prompt_log_probs": "decoder_input_details"}
 _OUT_OF_MEMORY = 507

@@ -21,12 +21,12 @@ from worker.http.answers import Refused
 from worker.http.bodies import BODY_SECONDS, BROKEN, read_body, too_large, too_slow
 from worker.http.requests import while_there
 from worker.http.streaming import send_pieces
+from worker.wire.native import ADAPTER_HEADER
 from worker.workflows.definition import IN, OUT, Workflow
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTES_HEADER = "x-amzn-sagemaker-custom-attributes"
-_ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 _MOST_PARAMETERS = 1000
 _OURS_ALONE = frozenset({"handler", "batch_size", "model_dir", "device_id"})
 """Properties that say which function is called, with how many requests, and where."""
@@ -63,7 +63,7 @@ class HandlerApi:
         properties = properties_of(request.headers)
         content = [(name, value.encode()) for name, value in _parameters(request.rel_url.raw_query_string)]
         content += await _sent(request, self._max_body_bytes)
-        named = _ADAPTER_HEADER in request.headers or any(name == "adapter" for name, _ in content)
+        named = ADAPTER_HEADER in request.headers or any(name == "adapter" for name, _ in content)
         if workflow is not None and named:
             raise Refused(
                 400, f"An adapter is named, and the workflow {workflow.name} has adapters of its own"

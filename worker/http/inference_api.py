@@ -27,12 +27,12 @@ from worker.http.paths import decoded, segments_of
 from worker.http.requests import expect_method, expect_ready, no_route, while_there
 from worker.http.streaming import send_pieces
 from worker.metrics import Metrics
+from worker.wire.native import ADAPTER_HEADER
 from worker.wire.openai_calls import write_models
 from worker.wire.openai_rows import URLS
 from worker.workflows.registry import Workflows
 
 PREFIXES = frozenset({"invocations", "predictions", "ping", "v1"})
-ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 
 

@@ -19,7 +19,9 @@ from worker.wire.source import PART_FIELDS, read_part, read_source
 
 MAX_TTL_SECONDS = 1_000_000_000
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
-ADAPTER_ATTRIBUTES = ("adapter", "x-amzn-sagemaker-adapter-identifier")
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+"""What DJL Serving names the adapter of a request by."""
+ADAPTER_ATTRIBUTES = ("adapter", ADAPTER_HEADER.lower())
 """Message attributes that name the adapter of every row, in lower case; the later one wins."""
 
 FIELDS = rows.FIELDS | {"version", "id", "input", "model", "task", "output", "ttl_seconds", "metadata"}

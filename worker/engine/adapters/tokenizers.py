@@ -1,5 +1,6 @@
 """Tokenizers that adapters bring along, each kind in memory once."""
 
+import functools
 import hashlib
 import threading
 import weakref
@@ -39,7 +40,7 @@ class AdapterTokenizers:
     """
 
     def __init__(self, base: Tokenizer, *, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._chat_templates, self._patterns = base.chat_templates, base.patterns
+        self._base = base
         self._templates = ChatTemplates()
         self._kept_bytes = kept_bytes
         self._lock = threading.Lock()
@@ -110,6 +111,11 @@ class AdapterTokenizers:
             while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
                 self._kept.popitem(last=False)
 
+    @functools.cached_property
+    def _patterns(self) -> frozenset[str]:
+        """The base model's, which take a moment to find: few adapters bring a tokenizer."""
+        return self._base.patterns
+
     def _check_patterns(self, patterns: frozenset[str]) -> None:
         """To be called before one of them is run."""
         foreign = sorted(patterns - self._patterns)
@@ -123,7 +129,7 @@ class AdapterTokenizers:
                 self._check_patterns(patterns_in(file))
             loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             self._check_patterns(patterns_of(loaded))
-            own = None if loaded.chat_template == self._chat_templates else self._templates
+            own = None if loaded.chat_template == self._base.chat_templates else self._templates
             return Tokenizer(loaded, "the adapter's tokenizer", own)
         except (MemoryError, AdapterInvalid):
             raise
