@@ -247,3 +247,7 @@ def _die_with(worker_pid: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     if os.getppid() != worker_pid:
         sys.exit("the worker is gone")  # before we could ask
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from adapters_sync.layout import MODEL_PY
 from worker.custom import formatter_host
 from worker.custom.formatters import Formatters
 from worker.custom.handler import CustomHandler
@@ -17,7 +18,6 @@ from worker.settings import Settings, handler_options
 
 logger = logging.getLogger(__name__)
 
-MODEL_PY = "model.py"
 _INSTALLED_BY_DJL = "requirements.txt"
 _MOST_NAMED = 10
 _MARKS = {"input_formatter", "output_formatter"}

@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from worker.child import child_command
 from worker.custom.messages import (
     LENGTH_BYTES,
     Begin,
@@ -28,14 +28,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 16 << 10
 _GOODBYE_SECONDS = 5.0
-_ROOT = str(Path(__file__).parents[2])
-_MAIN = """
-import sys
-if sys.argv[1] not in sys.path:
-    sys.path.append(sys.argv[1])  # behind the standard library: it may be where packages are installed
-from worker.custom.host import main
-main(*map(int, sys.argv[2:]))
-"""
 _PACKAGE = str(Path(__file__).parent / "package")
 _PRIVATE = "LORAMILL_"
 """Variables that begin like this are the worker's own; a token is among them."""
@@ -66,7 +58,7 @@ class HandlerProcess:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", _MAIN, _ROOT, str(theirs.fileno()), str(os.getpid())),
+                *child_command("worker.custom.host", theirs.fileno(), os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
